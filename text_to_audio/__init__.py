@@ -1,0 +1,1 @@
+"""Text to audio space: configuration, text model, losses, metrics, data set reading, store and inference."""

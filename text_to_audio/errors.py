@@ -1,0 +1,22 @@
+"""The one exception for a user's mistake, and how a script turns it into one line and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake or a lack that the user can mend: one line naming the file, what was expected, what was found."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and leave: 0 when it worked, 1 with one line on stderr for a `UserError`.
+
+    Any other exception is a defect of the toolkit and keeps its traceback.
+    """
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        sys.exit(f"error: {error}")  # sys.exit prints the text on stderr and leaves with 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,35 @@
+"""Log lines for the scripts: the console, and a file that several processes may append to at once."""
+
+import logging
+from pathlib import Path
+
+from tqdm import tqdm
+
+LINE = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes through tqdm, so that a line does not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def start_log(name: str, path: str | Path) -> logging.Logger:
+    """Return the logger `name`, which prints to the console and appends to the file `path`.
+
+    Each line in the file carries the time and the process. The file is opened for appending, line by line, so
+    a second process adds to it and truncates nothing. Calling it again replaces the handlers.
+    """
+    logger = logging.getLogger(name)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    console, file = _ConsoleHandler(), logging.FileHandler(path, encoding="utf-8")
+    console.setFormatter(logging.Formatter("%(message)s"))
+    file.setFormatter(logging.Formatter(LINE))
+    for handler in (console, file):
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return logger
