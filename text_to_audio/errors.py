@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake or a lack that the user can mend: one line naming the file, what was expected, what was found."""
+    """A mistake or a lack that the user can mend, in one line: the file, what was expected, what was found."""
 
 
 def run_script(main: Callable[[], int | None]) -> None:
