@@ -1,7 +1,8 @@
 """embeddings.h5: its layout and how it is read; `store_writing.py` is the other half.
 
-One row per recording, captions point at their row. Vectors are contiguous and uncompressed, so a reader maps
-them straight from the file: `numpy.memmap` at the data set's offset, several times faster than h5py's indexing.
+One row per recording, captions point at their row. Vectors are contiguous and uncompressed, so a reader
+maps them straight from the file: `numpy.memmap` at the data set's offset, several times faster than indexing
+through h5py.
 
     /                     attrs: format, version, dataset, revision, seed, dtype, encoders (JSON)
     /{train,val,test}/audio_id, source_id        (N,)  str

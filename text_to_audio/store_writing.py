@@ -67,10 +67,13 @@ def create_store(
 
 
 def _write_attributes(file: h5py.File, header: StoreHeader) -> None:
-    file.attrs.update(
-        {"format": FORMAT, "version": VERSION, **asdict(header)} | {"revision": header.revision or ""}
-    )
-    file.attrs["encoders"] = json.dumps(header.encoders)
+    attributes = {
+        **asdict(header),
+        "revision": header.revision or "",
+        "encoders": json.dumps(header.encoders),
+    }
+    for name, value in {"format": FORMAT, "version": VERSION, **attributes}.items():
+        file.attrs[name] = value
 
 
 def _create_split(file: h5py.File, name: str, split: Split, header: StoreHeader) -> None:
