@@ -24,6 +24,7 @@ from text_to_audio.store import (
 )
 
 _CHUNK_ROWS = 128  # rows per step: 80 MB of float64 at 76,800 dimensions
+_ALIGNMENT = 64  # bytes; a mapped array that starts off its element size is read element by element
 _STRING = h5py.string_dtype("utf-8")
 
 
@@ -47,7 +48,9 @@ def create_store(
     """
     path = Path(path)
     require_space(path.parent, store_bytes(header, splits), path.name)
-    with h5py.File(path, "w", libver=("earliest", "v110")) as file:
+    with h5py.File(
+        path, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT
+    ) as file:
         _write_attributes(file, header)
         for name in SPLITS:
             _create_split(file, name, splits[name], header)
