@@ -1,0 +1,47 @@
+"""How the frames of a window become one vector: their mean, spread and movement over time."""
+
+import numpy as np
+import torch
+
+RECIPE = "mean|iqr/1.3489795|mean-abs-diff;windows=10s;v1"
+
+# The interquartile range of a normal distribution, in standard deviations.
+_NORMAL_IQR = 1.3489795
+
+
+def enrich(frames: torch.Tensor) -> torch.Tensor:
+    """Turn frames (batch, time, width) into vectors (batch, 3 * width), float32 on the frames' device.
+
+    Three blocks over time: mean; interquartile range / 1.3489795 (a robust standard deviation); mean absolute
+    first difference. A single frame has zeros in the second and third.
+    """
+    frames = frames.float()
+    quartiles = torch.stack([_interquartile_range(item) for item in frames])
+    movement = torch.zeros_like(quartiles)
+    if frames.shape[1] > 1:
+        movement = torch.stack([(item[1:] - item[:-1]).abs().mean(dim=0) for item in frames])
+    return torch.cat([frames.mean(dim=1), quartiles / _NORMAL_IQR, movement], dim=1)
+
+
+def _interquartile_range(frames: torch.Tensor) -> torch.Tensor:
+    """Third minus first quartile over time, (time, width) -> (width,), interpolated linearly.
+
+    One window at a time, as 76,800-dimensional vectors come from 77 MB of frames each. torch.quantile refuses
+    tensors of that size.
+    """
+    ordered = _sorted_rows(frames.T)
+    low, high = (_at(ordered, share * (frames.shape[0] - 1)) for share in (0.25, 0.75))
+    return high - low
+
+
+def _sorted_rows(rows: torch.Tensor) -> torch.Tensor:
+    # On a CPU numpy's sort takes a quarter of the time of torch's (25,600 x 750: 0.14 s against 0.58 s).
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.sort(rows.contiguous().numpy(), axis=1))
+    return rows.contiguous().sort(dim=1).values
+
+
+def _at(ordered: torch.Tensor, position: float) -> torch.Tensor:
+    below = int(position)
+    above = min(below + 1, ordered.shape[1] - 1)
+    return torch.lerp(ordered[:, below], ordered[:, above], position - below)
