@@ -79,9 +79,7 @@ def compare(readers: dict, state: str, rounds: int, rows: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python -m benchmarks.store_read --rows 1536"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python -m benchmarks.store_read --rows 1536")
     parser.add_argument("--rows", type=int, default=3072)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")

@@ -69,9 +69,7 @@ def test_file_is_hardly_larger_than_its_content(tmp_path):
 
 
 def test_statistics_equal_numpys():
-    vectors = (
-        np.random.default_rng(1).normal(1000, 0.01, (301, 5)).astype(np.float32)
-    )  # cancellation would show
+    vectors = np.random.default_rng(1).normal(1000, 0.01, (301, 5)).astype(np.float32)  # cancellation would show
     mean, std = column_statistics(vectors)
     np.testing.assert_allclose(mean, vectors.astype(np.float64).mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, vectors.astype(np.float64).std(0), rtol=1e-9)

@@ -85,8 +85,7 @@ def test_finishing_gives_the_store_of_a_single_run(tmp_path, store_parts, shards
         finished = finish(tmp_path, shards, said.append)
         assert (finished is not None) == (shard == shards - 1)
     kept = {
-        name: [row for row in range(len(split.audio_id)) if (name, row) not in skip]
-        for name, split in splits.items()
+        name: [row for row in range(len(split.audio_id)) if (name, row) not in skip] for name, split in splits.items()
     }
     expected = tmp_path / "expected.h5"
     write_store(

@@ -8,15 +8,16 @@ class UserError(Exception):
     """A mistake or a lack that the user can mend, in one line: the file, what was expected, what was found."""
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave: 0 when it worked, 1 with one line on stderr for a `UserError`.
+def run_script(main: Callable[[], object]) -> None:
+    """Run a script's `main` and leave: with 0, or the exit code it returns; with 1 and one line for a `UserError`.
 
     Any other exception is a defect of the toolkit and keeps its traceback.
     """
     try:
-        sys.exit(main() or 0)
+        result = main()
     except UserError as error:
         sys.exit(f"error: {error}")  # sys.exit prints the text on stderr and leaves with 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    sys.exit(result if isinstance(result, int) else 0)

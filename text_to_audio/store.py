@@ -116,13 +116,9 @@ def read_header(path: str | Path) -> StoreHeader:
 def _header(path: str | Path, file: h5py.File) -> StoreHeader:
     found = file.attrs.get("format")
     if found != FORMAT:
-        raise UserError(
-            f"{path}: expected a store of prepare_dataset.py (format {FORMAT!r}), found {found!r}"
-        )
+        raise UserError(f"{path}: expected a store of prepare_dataset.py (format {FORMAT!r}), found {found!r}")
     if file.attrs["version"] != VERSION:
-        raise UserError(
-            f"{path}: expected store version {VERSION}, found {file.attrs['version']}; prepare it again"
-        )
+        raise UserError(f"{path}: expected store version {VERSION}, found {file.attrs['version']}; prepare it again")
     attributes = {name: file.attrs[name] for name in ("dataset", "revision", "seed", "dtype", "encoders")}
     return StoreHeader(
         attributes["dataset"],
@@ -147,18 +143,14 @@ def read_blocks(path: str | Path) -> dict[str, Block]:
     with _open(path) as file:
         header = _header(path, file)
         names = [vector_block(split, encoder) for split in SPLITS for encoder in header.encoders]
-        names += [
-            statistics_block(encoder, which) for encoder in header.encoders for which in ("mean", "std")
-        ]
+        names += [statistics_block(encoder, which) for encoder in header.encoders for which in ("mean", "std")]
         blocks = {}
         for name in names:
             if name not in file:
                 raise UserError(f"{path}: expected the data set /{name}, it is not there")
             dataset = file[name]
             if dataset.chunks is not None:
-                raise UserError(
-                    f"{path}: expected /{name} to be contiguous, found chunks of {dataset.chunks}"
-                )
+                raise UserError(f"{path}: expected /{name} to be contiguous, found chunks of {dataset.chunks}")
             blocks[name] = Block(dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
         return blocks
 
@@ -168,8 +160,7 @@ def read_split(path: str | Path, name: str) -> Split:
     with _open(path) as file:
         group = file[name]
         text = {
-            column: group[column].asstr()[:].tolist()
-            for column in ("audio_id", "source_id", "caption", "caption_kind")
+            column: group[column].asstr()[:].tolist() for column in ("audio_id", "source_id", "caption", "caption_kind")
         }
         return Split(caption_audio=group["caption_audio"][:], **text)
 
@@ -212,9 +203,7 @@ class EmbeddingStore:
     def statistics(self, encoder: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each dimension over the train recordings, (D,) float32 each."""
         self.dim(encoder)
-        mean, std = (
-            self._blocks[statistics_block(encoder, which)].map(self.path) for which in ("mean", "std")
-        )
+        mean, std = (self._blocks[statistics_block(encoder, which)].map(self.path) for which in ("mean", "std"))
         return np.array(mean), np.array(std)
 
     def skipped(self) -> list[tuple[str, str]]:

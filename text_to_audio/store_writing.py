@@ -48,9 +48,7 @@ def create_store(
     """
     path = Path(path)
     require_space(path.parent, store_bytes(header, splits), path.name)
-    with h5py.File(
-        path, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT
-    ) as file:
+    with h5py.File(path, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT) as file:
         _write_attributes(file, header)
         for name in SPLITS:
             _create_split(file, name, splits[name], header)

@@ -1,0 +1,259 @@
+"""Audio files in, vectors out: decoding in worker threads, windows of equal length encoded in batches.
+
+soundfile, soxr and numpy release the interpreter's lock while they work, so threads are enough to keep the
+encoders fed and nothing is pickled. Memory is bounded by the queues, not by the length of a recording.
+"""
+
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embedding_models.audio import AudioError, AudioFormat, track_windows
+from embedding_models.base import AudioEmbeddingModel
+
+Clip = tuple[Hashable, bytes | Path]  # the caller's key, and a file's content or its path
+Windows = dict[AudioFormat, np.ndarray]  # one window in every format asked for, (channels, samples)
+Vectors = dict[str, np.ndarray]  # space name -> (dim,) float32
+
+_END = object()
+
+
+@dataclass
+class StageSeconds:
+    """Where the time went: `decode` summed over the workers, the others in the encoding thread."""
+
+    decode: float = 0.0
+    wait: float = 0.0
+    encode: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class _Stopped(Exception):
+    """The consumer has left; the thread that meets this ends."""
+
+
+class _Decoders:
+    """One reading thread and `workers` decoding threads behind a bounded queue of windows.
+
+    Iterating gives (key, window) for each window, then (key, number of windows | AudioError) for its end.
+    When the source of clips fails, what was read before is still decoded and given; then the error is raised.
+    """
+
+    def __init__(self, clips: Iterable[Clip], formats: set[AudioFormat], workers: int, depth: int):
+        self._clips, self._formats, self._workers = clips, formats, workers
+        self._files: queue.Queue = queue.Queue(2 * workers)
+        self._windows: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._seconds = [0.0] * workers
+        targets = [(self._read, ())] + [(self._decode, (worker,)) for worker in range(workers)]
+        for target, arguments in targets:
+            threading.Thread(target=target, args=arguments, daemon=True).start()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent decoding and resampling, summed over the workers."""
+        return sum(self._seconds)
+
+    def stop(self) -> None:
+        """Let the threads end; they notice within a tenth of a second."""
+        self._stop.set()
+
+    def __iter__(self) -> Iterator[tuple[Hashable, Windows | int | AudioError]]:
+        ended = 0
+        while ended < self._workers:
+            item = self._windows.get()
+            if item is _END:
+                ended += 1
+            else:
+                yield item
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self, attempt) -> object:
+        """Repeat a queue's put or get until it succeeds or the consumer has left."""
+        while not self._stop.is_set():
+            try:
+                return attempt(timeout=0.1)
+            except (queue.Full, queue.Empty):
+                continue
+        raise _Stopped
+
+    def _put(self, target: queue.Queue, item: object) -> None:
+        self._wait(lambda timeout: target.put(item, timeout=timeout))
+
+    def _read(self) -> None:
+        try:
+            try:
+                for clip in self._clips:
+                    self._put(self._files, clip)
+            except Exception as error:
+                self._error = error
+            for _ in range(self._workers):
+                self._put(self._files, _END)
+        except _Stopped:
+            return
+
+    def _decode(self, worker: int) -> None:
+        try:
+            try:
+                while (clip := self._wait(self._files.get)) is not _END:
+                    self._decode_clip(worker, *clip)
+            except _Stopped:
+                raise
+            except Exception as error:
+                self._error = error
+            self._put(self._windows, _END)
+        except _Stopped:
+            return
+
+    def _decode_clip(self, worker: int, key: Hashable, audio: bytes | Path) -> None:
+        count, started = 0, time.perf_counter()
+        try:
+            for window in track_windows(BytesIO(audio) if isinstance(audio, bytes) else audio, self._formats):
+                self._seconds[worker] += time.perf_counter() - started
+                self._put(self._windows, (key, window))
+                count, started = count + 1, time.perf_counter()
+        except AudioError as error:
+            self._put(self._windows, (key, error))
+        else:
+            self._put(self._windows, (key, count))
+
+
+@dataclass
+class _Track:
+    """A recording on its way through the encoders: sums of its windows' vectors so far."""
+
+    sums: Vectors = field(default_factory=dict)
+    encoded: int = 0
+    windows: int | None = None  # how many there are, known once it has been decoded to its end
+    error: AudioError | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing more will come of it: decoded to its end, and every window encoded or not worth it."""
+        return self.windows is not None and (self.error is not None or self.encoded == self.windows)
+
+    @property
+    def result(self) -> Vectors | AudioError:
+        """The mean over the windows in each space, or why there is none."""
+        return self.error or {name: total / self.windows for name, total in self.sums.items()}
+
+
+Finished = list[tuple[Hashable, Vectors | AudioError]]
+
+
+class _Batcher:
+    """Groups windows of equal length, runs each batch through every encoder, and averages per recording."""
+
+    def __init__(self, encoders: Sequence[AudioEmbeddingModel], batch_size: int, seconds: StageSeconds):
+        self._encoders, self._batch_size, self._seconds = encoders, batch_size, seconds
+        self._tracks: dict[Hashable, _Track] = {}
+        self._waiting: dict[tuple, list[tuple[Hashable, Windows]]] = defaultdict(list)
+
+    def add(self, key: Hashable, item: Windows | int | AudioError) -> Finished:
+        """Take one thing from the decoders; return the recordings that it completed."""
+        track = self._tracks.setdefault(key, _Track())
+        if isinstance(item, dict):
+            lengths = tuple(window.shape[-1] for window in item.values())
+            self._waiting[lengths].append((key, item))
+            return self._relieve(lengths)
+        if isinstance(item, AudioError):
+            track.error, item = item, track.encoded
+        track.windows = item
+        return self._completed([key])
+
+    def flush(self) -> Iterator[Finished]:
+        """Encode what is left; each list is one batch's completed recordings."""
+        for lengths in list(self._waiting):
+            yield self._encode(self._waiting.pop(lengths))
+
+    def _relieve(self, lengths: tuple) -> Finished:
+        """Encode the group that is full, or the largest where many odd lengths have piled up."""
+        if len(self._waiting[lengths]) < self._batch_size:
+            if sum(map(len, self._waiting.values())) < 4 * self._batch_size:
+                return []
+            lengths = max(self._waiting, key=lambda key: len(self._waiting[key]))
+        return self._encode(self._waiting.pop(lengths))
+
+    def _encode(self, batch: list[tuple[Hashable, Windows]]) -> Finished:
+        # A recording that broke off while its first windows waited here is no longer among the tracks.
+        batch = [(key, windows) for key, windows in batch if key in self._tracks]
+        for encoder in self._encoders:
+            started = time.perf_counter()
+            self._encode_with(encoder, [(k, w) for k, w in batch if self._tracks[k].error is None])
+            self._seconds.encode[encoder.name] += time.perf_counter() - started
+        for key, _ in batch:
+            self._tracks[key].encoded += 1
+        return self._completed(key for key, _ in batch)
+
+    def _encode_with(self, encoder: AudioEmbeddingModel, batch: list[tuple[Hashable, Windows]]) -> None:
+        if not batch:
+            return
+        waveforms = np.stack([windows[encoder.format] for _, windows in batch])
+        if encoder.channels == 1:
+            waveforms = waveforms[:, 0]
+        try:
+            vectors = encoder.embed_windows(torch.from_numpy(waveforms)).numpy()
+        except AudioError as error:
+            if len(batch) == 1:
+                self._tracks[batch[0][0]].error = error
+                return
+            for single in batch:  # find the one that fails; the others are kept
+                self._encode_with(encoder, [single])
+            return
+        for (key, _), vector in zip(batch, vectors, strict=True):
+            sums = self._tracks[key].sums
+            sums[encoder.name] = sums[encoder.name] + vector if encoder.name in sums else vector
+
+    def _completed(self, keys: Iterable[Hashable]) -> Finished:
+        finished = []
+        for key in dict.fromkeys(keys):
+            if self._tracks[key].complete:
+                finished.append((key, self._tracks.pop(key).result))
+        return finished
+
+
+def embed_clips(
+    clips: Iterable[Clip],
+    encoders: Sequence[AudioEmbeddingModel],
+    batch_size: int,
+    num_workers: int,
+    seconds: StageSeconds,
+) -> Iterator[Finished]:
+    """Embed recordings as they come; yield lists of (key, vectors | AudioError), one list per encoded batch.
+
+    Each file is decoded once for all encoders. Every key is yielded exactly once, in no fixed order.
+    `seconds` is filled in as time passes. An error of the source itself (a cut archive) is raised at the end,
+    after everything that was read before it has been yielded.
+    """
+    formats = {encoder.format for encoder in encoders}
+    decoders = _Decoders(clips, formats, num_workers, depth=2 * batch_size)
+    batcher = _Batcher(encoders, batch_size, seconds)
+    failure = None
+    items = iter(decoders)
+    try:
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(items, None)
+            except Exception as error:
+                failure, item = error, None
+            seconds.wait += time.perf_counter() - started
+            seconds.decode = decoders.seconds
+            if item is None:
+                break
+            if finished := batcher.add(*item):
+                yield finished
+        yield from filter(None, batcher.flush())
+        if failure is not None:
+            raise failure
+    finally:
+        decoders.stop()
