@@ -1,0 +1,79 @@
+"""Checkpoints: what is in them, written such that a kill or a full disk leaves the old one."""
+
+from pathlib import Path
+
+import torch
+
+from text_to_audio.config import TrainingConfig
+from text_to_audio.errors import UserError
+from text_to_audio.store_writing import publish
+from text_to_audio.text_model import ProjectionHead, TextEncoder
+
+
+def checkpoint_path(config: TrainingConfig, which: str) -> Path:
+    """Path of an encoder's checkpoint: `which` is "best_r1", "best_loss" or "last"."""
+    return Path(config.checkpoint_dir) / f"{config.audio_encoder}_{which}.pt"
+
+
+def model_state(config: TrainingConfig, text_encoder: TextEncoder, projection: ProjectionHead) -> dict:
+    """What it takes to use the model: config, the LoRA weights alone, the head. Plain types, tensors on the CPU."""
+    return {
+        "config": config.as_dict(),
+        "text_encoder_state_dict": text_encoder.trained_state(),
+        "projection_state_dict": {name: value.detach().cpu() for name, value in projection.state_dict().items()},
+    }
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The random generators' states; batches are drawn from the seed and the epoch and need none."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def save_checkpoint(path: Path, contents: dict) -> None:
+    """Write beside `path`, flush to disk and rename. `UserError` where it cannot be written; the old file stays."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(contents, file)
+        publish(beside, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
+        kept = "; the one before it is still there" if path.exists() else ""
+        raise UserError(f"{path}: could not write the checkpoint ({_reason(error)}){kept}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    cause = error if isinstance(error, OSError) else error.__context__
+    return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The contents of a checkpoint, on the CPU; `UserError` where it is missing, cut off or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a checkpoint written by train.py")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut or foreign file fails in as many ways as it can be broken
+        raise UserError(
+            f"{path}: expected a checkpoint written by train.py, found a file that torch cannot load "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    needed = {"config", "text_encoder_state_dict", "projection_state_dict"}
+    if not isinstance(contents, dict) or not needed <= contents.keys():
+        raise UserError(f"{path}: expected a checkpoint with {', '.join(sorted(needed))}, found another file")
+    return contents
+
+
+def restore_weights(path: Path, contents: dict, text_encoder: TextEncoder, projection: ProjectionHead) -> None:
+    """Load a checkpoint's weights into models; `UserError` where they do not fit."""
+    try:
+        text_encoder.model.load_state_dict(contents["text_encoder_state_dict"])
+        projection.load_state_dict(contents["projection_state_dict"])
+    except RuntimeError as error:
+        shown = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: its weights do not fit the model its config names: {shown}") from error

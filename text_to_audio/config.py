@@ -1,0 +1,220 @@
+"""Every setting of a training run in one flat dataclass, and the command line that is made from it."""
+
+import argparse
+import ast
+import inspect
+import textwrap
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, get_args, get_origin
+
+import torch
+
+from text_to_audio.errors import UserError
+
+
+@dataclass
+class TrainingConfig:
+    """The settings of one run; the flags of train.py are these names with hyphens.
+
+    The text under each field is its help on the command line. `TrainingConfig(**checkpoint["config"])` gives back
+    the run's settings; values that follow from others are properties and are not stored.
+    """
+
+    audio_encoder: str
+    """audio space to train for: latent, muq or mert, as the store holds it"""
+    data_path: str = "data/musicbench_embeddings/embeddings.h5"
+    """store of audio vectors and captions, written by prepare_dataset.py"""
+    checkpoint_dir: str = "checkpoints"
+    """folder for the checkpoints and training_summary.json"""
+    log_dir: str = "logs/tensorboard"
+    """folder for TensorBoard; each audio encoder has a folder in it"""
+
+    text_model: str = "Qwen/Qwen3-Embedding-4B"
+    """text encoder: a Hugging Face model id or a folder in its format"""
+    text_dim: int = field(default=0, metadata={"flag": False})
+    """width of the text encoder's sentence embedding, read from the model"""
+    audio_dim: int = field(default=0, metadata={"flag": False})
+    """width of the audio space, read from the store"""
+    instruction: str = "auto"
+    """task put before each text as Qwen3-Embedding wants it; auto: for Qwen only; "": none; else the task's text"""
+    pooling: Literal["auto", "last", "mean"] = "auto"
+    """how tokens become one vector; auto: the last token for decoder-only models, the mean for BERT-like ones"""
+    max_length: int = 192
+    """tokens of a text, instruction and end token included; longer texts are cut"""
+
+    hidden_dim: int = 1024
+    """width of the projection head's hidden layer"""
+    head_dropout: float = 0.1
+    """dropout in the projection head"""
+    lora_rank: int = 16
+    """rank of the LoRA matrices on every linear layer of the text encoder"""
+    lora_alpha: float = 32
+    """LoRA scale: the update is multiplied by alpha / rank"""
+    lora_dropout: float = 0.05
+    """dropout before the LoRA matrices"""
+    standardise: Literal["zscore", "centre", "none"] = "zscore"
+    """what is done to an audio vector before it is given unit length: mean removed and each dimension divided by
+    its standard deviation (over the train recordings), mean removed only, or nothing"""
+
+    epochs: int = 20
+    """most passes over the captions"""
+    batch_size: int = 32
+    """captions in one forward pass (per GPU)"""
+    gradient_accumulation_steps: int = 8
+    """forward passes per optimizer step; the effective batch is batch size x this"""
+    lr: float = 5e-5
+    """learning rate of the projection head"""
+    text_lr: float = 2e-5
+    """learning rate of LoRA"""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices only"""
+    warmup_steps: int = 2000
+    """optimizer steps of linear warm-up; the rest is a cosine to 0. Longer than the run: 10 %% of the steps"""
+    temperature: float = 0.07
+    """InfoNCE temperature"""
+    label_smoothing: float = 0.0
+    """share of the target probability spread over all candidates"""
+    audio_negatives: Literal["micro", "batch"] = "batch"
+    """recordings a text is compared with: its own forward pass's, or the whole effective batch's"""
+    text_negatives: Literal["micro"] = "micro"
+    """texts a recording is compared with: its own forward pass's"""
+    patience: int = 5
+    """epochs without a better validation t2a_R@1 before the run stops"""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """arithmetic of the text encoder; auto: bf16 on CUDA, fp32 elsewhere. LoRA and the head are always float32"""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """recompute activations in the backward pass to save memory; auto: on CUDA"""
+    device: str = "auto"
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N"""
+    seed: int = 42
+    """seed of the initial weights, the batches and dropout"""
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Captions per optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that `device` means on this machine."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the text encoder computes in bfloat16."""
+        if self.precision == "auto":
+            return self.torch_device.type == "cuda"
+        return self.precision == "bf16"
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        if self.gradient_checkpointing == "auto":
+            return self.torch_device.type == "cuda"
+        return self.gradient_checkpointing == "on"
+
+    def as_dict(self) -> dict:
+        """Plain values for a checkpoint. The device is left to the machine that loads it."""
+        return {**asdict(self), "device": "auto"}
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str) -> "TrainingConfig":
+        """The config a checkpoint holds; `UserError`, naming `source`, for settings this version does not know."""
+        unknown = sorted(set(values) - {each.name for each in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"{source}: its config has settings this version does not know ({', '.join(unknown)}); "
+                f"it was written by a newer version"
+            )
+        return cls(**values)
+
+    def check(self) -> None:
+        """Raise one `UserError` that lists every setting that cannot be."""
+        faults = _range_faults(self) + _choice_faults(self) + _device_faults(self)
+        if faults:
+            raise UserError("settings: " + "; ".join(faults))
+
+
+# setting: (test, what is expected); the tests are written so that nan fails them
+_RANGES = {
+    "at least 1": (
+        lambda value: value >= 1,
+        "hidden_dim lora_rank epochs batch_size gradient_accumulation_steps patience",
+    ),
+    "at least 8": (lambda value: value >= 8, "max_length"),
+    "more than 0": (lambda value: 0 < value < float("inf"), "lr temperature lora_alpha"),
+    "0 or more": (lambda value: 0 <= value < float("inf"), "text_lr weight_decay warmup_steps seed"),
+    "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing"),
+    "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),
+}
+
+
+def _range_faults(config: TrainingConfig) -> list[str]:
+    faults = [
+        f"expected {name} to be {expected}, found {getattr(config, name)!r}"
+        for expected, (test, names) in _RANGES.items()
+        for name in names.split()
+        if not test(getattr(config, name))
+    ]
+    # a text compared with its own recording alone has a loss of 0
+    compared = config.batch_size if config.audio_negatives == "micro" else config.effective_batch_size
+    if compared == 1:
+        faults.append("expected at least 2 captions to compare, found a batch of 1")
+    return faults
+
+
+def _choice_faults(config: TrainingConfig) -> list[str]:
+    return [
+        f"expected {each.name} to be one of {', '.join(get_args(each.type))}, found {getattr(config, each.name)!r}"
+        for each in fields(config)
+        if get_origin(each.type) is Literal and getattr(config, each.name) not in get_args(each.type)
+    ]
+
+
+def _device_faults(config: TrainingConfig) -> list[str]:
+    try:
+        device = config.torch_device
+    except RuntimeError:
+        return [f"expected device to be auto, cpu, cuda or cuda:N, found {config.device!r}"]
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return [f"expected a CUDA device for device {config.device!r}, found {torch.cuda.device_count()}"]
+    return []
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, whitespace joined."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    return {
+        entry.target.id: " ".join(text.value.value.split())
+        for entry, text in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting, with the dataclass's default and help."""
+    texts = field_help(TrainingConfig)
+    for each in fields(TrainingConfig):
+        if not each.metadata.get("flag", True):
+            continue
+        flag = "--" + each.name.replace("_", "-")
+        if each.name == "audio_encoder":
+            parser.add_argument(flag, required=True, metavar="NAME", help=texts[each.name])
+            continue
+        options = (
+            {"choices": get_args(each.type)}
+            if get_origin(each.type) is Literal
+            else {"type": each.type, "metavar": each.type.__name__.upper()}
+        )
+        parser.add_argument(flag, default=each.default, help=f"{texts[each.name]} (default: %(default)s)", **options)
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:
+    """The checked config of a parsed command line; every fault in one `UserError`."""
+    names = {each.name for each in fields(TrainingConfig)}
+    config = TrainingConfig(**{name: value for name, value in vars(arguments).items() if name in names})
+    config.check()
+    return config

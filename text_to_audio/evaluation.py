@@ -1,0 +1,168 @@
+"""What retrieval is measured on: galleries of unique recordings, scores of captions against them, the metrics."""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from text_to_audio.batching import AudioVectors, CaptionSet, TokenCache, micro_batches, plan_epoch
+from text_to_audio.config import TrainingConfig
+from text_to_audio.errors import UserError
+from text_to_audio.losses import symmetric_loss
+from text_to_audio.metrics import retrieval_metrics
+from text_to_audio.store import EmbeddingStore, Split
+from text_to_audio.text_model import ProjectionHead, TextEncoder
+
+_TILE_ELEMENTS = 1 << 25  # float32 elements of text or audio in hand at once: 128 MB
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Recordings to be found and the captions that ask for them.
+
+    rows: (N,) rows of the recordings in their split. captions: C captions, whose `caption_audio` counts within
+    `rows`; no text stands twice for one recording. subsets: name -> (n,) captions that are also reported alone.
+    """
+
+    rows: np.ndarray
+    captions: CaptionSet
+    subsets: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def make_gallery(split: Split, one_per_source: bool) -> Gallery:
+    """The gallery of a split; subsets come from caption kinds such as "A/main" (the part before the slash)."""
+    rows = _one_per_source(split) if one_per_source else np.arange(len(split.audio_id))
+    kept = split.take(rows)
+    first: dict[tuple[int, str], int] = {}
+    members: dict[str, list[int]] = {}
+    for i, (audio, text) in enumerate(zip(kept.caption_audio.tolist(), kept.caption, strict=True)):
+        number = first.setdefault((audio, text), len(first))
+        subset, slash, _ = kept.caption_kind[i].partition("/")
+        if slash:
+            members.setdefault(subset, []).append(number)
+    _, source = np.unique(np.array(kept.source_id), return_inverse=True)
+    audio = np.array([audio for audio, _ in first], np.int64)
+    captions = CaptionSet([text for _, text in first], audio, source[audio])
+    return Gallery(rows, captions, {name: np.unique(members[name]) for name in sorted(members)})
+
+
+def _one_per_source(split: Split) -> np.ndarray:
+    """The row of each source's unaugmented recording (its stem is the source id, or the copy `_0`), else its first.
+
+    Copies of one clip cannot be told apart by a caption, so only one of them is in the gallery.
+    """
+    best: dict[str, tuple[int, int]] = {}
+    for row, (audio_id, source) in enumerate(zip(split.audio_id, split.source_id, strict=True)):
+        stem = PurePosixPath(audio_id).stem
+        order = {source: 0, f"{source}_0": 1}.get(stem, 2)
+        best[source] = min(best.get(source, (order, row)), (order, row))
+    return np.array(sorted(row for _, row in best.values()), np.int64)
+
+
+def split_gallery(store: EmbeddingStore, split: str) -> Gallery:
+    """The gallery a split is measured on: in validation one recording per source. `UserError` where it is empty."""
+    gallery = make_gallery(store.split(split), one_per_source=split == "val")
+    if not len(gallery.captions):
+        raise UserError(f"{store.path}: expected recordings with captions in the split {split!r}, found none")
+    return gallery
+
+
+@torch.no_grad()
+def embed_captions(text_encoder: TextEncoder, tokens: TokenCache, batch_size: int) -> Tensor:
+    """Sentence embeddings of every cached caption in order, (captions, text_dim) float32 on the CPU."""
+    every = np.arange(len(tokens.lengths))
+    embeddings = torch.empty(len(every), text_encoder.dim)
+    for part in micro_batches(every, tokens.lengths, batch_size):
+        embeddings[part] = text_encoder.encode(*tokens.padded(part)).cpu()
+    return embeddings
+
+
+@torch.no_grad()
+def caption_scores(text: Tensor, projection: ProjectionHead, vectors: AudioVectors, rows: np.ndarray) -> Tensor:
+    """Cosines of captions and recordings, (captions, recordings) float32 on the CPU.
+
+    text: (captions, text_dim) sentence embeddings. Neither side is projected or standardised whole: at 76,800
+    dimensions that would be gigabytes, so that both go through in tiles.
+    """
+    step = max(1, _TILE_ELEMENTS // projection.audio_dim)
+    scores = torch.empty(len(text), len(rows))
+    for i in range(0, len(text), step):
+        features = projection.project_text(text[i : i + step])
+        for j in range(0, len(rows), step):
+            audio = projection.standardise_audio(vectors[rows[j : j + step]])
+            scores[i : i + step, j : j + step] = (features @ audio.T).cpu()
+    return scores
+
+
+def gallery_metrics(scores: Tensor, gallery: Gallery) -> dict[str, float]:
+    """Metrics over all captions, and those of each subset as "A/t2a_R@1"; `UserError` for scores not finite."""
+    if not torch.isfinite(scores).all():
+        raise UserError("expected finite scores, found nan or infinity: the training has diverged; lower --lr")
+    audio = torch.from_numpy(gallery.captions.caption_audio)
+    metrics = retrieval_metrics(scores, audio)
+    for name, members in gallery.subsets.items():
+        part = torch.from_numpy(members)
+        metrics |= {f"{name}/{key}": value for key, value in retrieval_metrics(scores[part], audio[part]).items()}
+    return metrics
+
+
+def gallery_loss(scores: Tensor, captions: CaptionSet, lengths: np.ndarray, config: TrainingConfig) -> float:
+    """The training loss over the gallery's captions in batches that are the same at every call.
+
+    It is taken from the scores that the metrics need anyway, so that no text is run twice.
+    """
+    total = 0.0
+    for batch in plan_epoch(captions.caption_source, config.effective_batch_size, seed=0, epoch=0):
+        similarity = scores[batch][:, captions.caption_audio[batch]]
+        for part in micro_batches(batch, lengths, config.batch_size):
+            target, own = torch.from_numpy(part), similarity[part]
+            if config.audio_negatives == "micro":
+                target, own = torch.arange(len(part)), own[:, part]
+            loss = symmetric_loss(own, target, config.temperature, config.label_smoothing)
+            total += len(part) * loss.item()
+    return total / len(captions)
+
+
+class Evaluator:
+    """Measures a text encoder and head on one split; tokens are made once."""
+
+    def __init__(self, text_encoder: TextEncoder, store: EmbeddingStore, split: str, config: TrainingConfig):
+        self.config = config
+        self.gallery = split_gallery(store, split)
+        self.tokens = TokenCache(text_encoder, self.gallery.captions.captions)
+        self.vectors = AudioVectors(store, split, config.audio_encoder)
+
+    def scores(self, text_encoder: TextEncoder, projection: ProjectionHead) -> Tensor:
+        """Cosines (captions, recordings) in evaluation mode; the modes are put back."""
+        training = text_encoder.training, projection.training
+        text_encoder.eval()
+        projection.eval()
+        text = embed_captions(text_encoder, self.tokens, self.config.batch_size)
+        scores = caption_scores(text, projection, self.vectors, self.gallery.rows)
+        text_encoder.train(training[0])
+        projection.train(training[1])
+        return scores
+
+    def measure(self, text_encoder: TextEncoder, projection: ProjectionHead) -> dict[str, float]:
+        """The metrics of the split, and "loss", the training loss over fixed batches."""
+        scores = self.scores(text_encoder, projection)
+        metrics = gallery_metrics(scores, self.gallery)
+        loss = gallery_loss(scores, self.gallery.captions, self.tokens.lengths, self.config)
+        return {**metrics, "loss": loss}
+
+
+def by_subset(metrics: dict[str, float], name: str) -> dict[str, dict[str, float]]:
+    """Metrics with names such as "A/t2a_R@1" as one entry per subset; those without a subset come first, as `name`.
+
+    The subsets share the recordings, so each entry has the `gallery` size of the whole.
+    """
+    rows: dict[str, dict[str, float]] = {name: {}}
+    for key, value in metrics.items():
+        subset, slash, metric = key.rpartition("/")
+        rows.setdefault(f"{name} {subset}" if slash else name, {})[metric] = value
+    return {row: {**entry, "gallery": metrics["gallery"]} for row, entry in rows.items()}

@@ -1,0 +1,311 @@
+"""Train a text encoder (LoRA) and a projection head so that a text's vector meets its music's, in one audio space."""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass, field
+from logging import Logger
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from text_to_audio.batching import (
+    AudioVectors,
+    CaptionSet,
+    TokenCache,
+    batches_per_epoch,
+    micro_batches,
+    padding_share,
+    plan_epoch,
+)
+from text_to_audio.checkpoints import (
+    checkpoint_path,
+    model_state,
+    random_state,
+    read_checkpoint,
+    restore_weights,
+    save_checkpoint,
+)
+from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
+from text_to_audio.errors import UserError, run_script
+from text_to_audio.evaluation import Evaluator, by_subset
+from text_to_audio.logs import start_log
+from text_to_audio.losses import in_batch_loss
+from text_to_audio.optimisation import (
+    build_optimizer,
+    build_schedule,
+    gradient_norms,
+    schedule_warnings,
+    warmup_length,
+)
+from text_to_audio.store import SPLITS, EmbeddingStore
+from text_to_audio.summary import table_with_chance, update_summary
+from text_to_audio.text_model import ProjectionHead, TextEncoder
+
+LOG_EVERY = 10  # optimizer steps between TensorBoard points
+
+
+@dataclass
+class Best:
+    """The best validation scores so far; (R@1, MRR) decide together, MRR breaking ties."""
+
+    r1: tuple[float, float] = (-1.0, -1.0)
+    r1_epoch: int = 0
+    loss: float = math.inf
+
+
+@dataclass
+class Run:
+    """What the functions of a training hand to each other."""
+
+    config: TrainingConfig
+    log: Logger
+    store: EmbeddingStore
+    text_encoder: TextEncoder
+    projection: ProjectionHead
+    captions: CaptionSet
+    tokens: TokenCache
+    vectors: AudioVectors
+    validation: Evaluator
+    optimizer: AdamW
+    schedule: LambdaLR
+    writer: SummaryWriter
+    steps: int
+    step: int = 0
+    best: Best = field(default_factory=Best)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: a flag for every setting of TrainingConfig."""
+    parser = argparse.ArgumentParser(
+        description="Train a text encoder and a projection head for one audio space of a prepared store.",
+        epilog="examples: python train.py --audio-encoder muq\n"
+        "          python train.py --audio-encoder mert --hidden-dim 4096 --epochs 30 --temperature 0.05\n"
+        "          python train.py --audio-encoder latent --text-model models/MiniLM --lr 1e-3 --text-lr 1e-4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train one audio space, test its best checkpoint, and enter the result into the summary."""
+    config = config_from_arguments(build_parser().parse_args(argv))
+    log = start_log("train", "train.log")
+    for folder in (config.checkpoint_dir, config.log_dir):
+        make_folder(Path(folder))
+    run = prepare(config, log)
+    announce(run)
+    fit(run)
+    measure_best(run)
+    run.writer.close()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing; `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to ({error.strerror})") from error
+
+
+def prepare(config: TrainingConfig, log: Logger) -> Run:
+    """Open the store, load the models, and cache the tokens. Faults in the store come up before any download."""
+    store = EmbeddingStore(config.data_path)
+    config.audio_dim = store.dim(config.audio_encoder)
+    for name in SPLITS:
+        if not store.split(name).caption:
+            raise UserError(f"{store.path}: expected recordings with captions in the split {name!r}, found none")
+    torch.manual_seed(config.seed)
+    if config.torch_device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the head and the cosines
+    text_encoder = TextEncoder(config)
+    config.text_dim = text_encoder.dim
+    projection = build_projection(config, store)
+    captions = CaptionSet.of(store.split("train"))
+    tokens = TokenCache(text_encoder, captions.captions)
+    vectors = AudioVectors(store, "train", config.audio_encoder)
+    validation = Evaluator(text_encoder, store, "val", config)
+    steps = config.epochs * batches_per_epoch(captions.caption_source, config.effective_batch_size)
+    optimizer = build_optimizer(config, text_encoder, projection)
+    schedule = build_schedule(optimizer, warmup_length(config, steps), steps)
+    # a fresh run hides the curves of an earlier one in the same folder
+    writer = SummaryWriter(str(Path(config.log_dir) / config.audio_encoder), purge_step=0)
+    return Run(
+        config, log, store, text_encoder, projection, captions, tokens, vectors, validation, optimizer, schedule,
+        writer, steps,
+    )  # fmt: skip
+
+
+def build_projection(config: TrainingConfig, store: EmbeddingStore) -> ProjectionHead:
+    """The head with the store's statistics, on the config's device; `UserError` where they are not finite."""
+    head = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
+    try:
+        head.set_statistics(*store.statistics(config.audio_encoder), config.standardise)
+    except ValueError as error:
+        raise UserError(
+            f"{store.path}: {config.audio_encoder}: {error}, so a train vector is not; "
+            f"prepare_dataset.py --verify names it"
+        ) from error
+    return head.to(config.torch_device)
+
+
+def announce(run: Run) -> None:
+    """Say what is about to be trained, and warn about settings that do not fit the run."""
+    config, log, captions = run.config, run.log, run.captions
+    lora = sum(p.numel() for p in run.text_encoder.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in run.text_encoder.parameters() if not p.requires_grad)
+    head = sum(p.numel() for p in run.projection.parameters())
+    plan = plan_epoch(captions.caption_source, config.effective_batch_size, config.seed, epoch=1)
+    sizes = [len(batch) for batch in plan]
+    sources = len(np.unique(captions.caption_source))
+    warmup = warmup_length(config, run.steps)
+    share = padding_share(plan, run.tokens.lengths, config.batch_size)
+    log.info(
+        f"{config.audio_encoder}: {len(captions)} captions of {len(run.vectors)} recordings of {sources} sources, "
+        f"audio {config.audio_dim} wide"
+    )
+    log.info(f"trainable: {head + lora:,} (head {head:,}, LoRA {lora:,}); frozen: {frozen:,} ({config.text_model})")
+    log.info(
+        f"{len(plan)} batches of {min(sizes)}-{max(sizes)} captions an epoch, at most {run.steps} steps in "
+        f"{config.epochs} epochs; warm-up {warmup} steps ({warmup / run.steps:.0%}); padding {share:.1%} of the "
+        f"tokens; on {config.torch_device} in {'bf16' if config.bf16 else 'fp32'}"
+    )
+    log.info(f"validation: {len(run.validation.gallery.captions)} captions, {len(run.validation.gallery)} recordings")
+    for warning in schedule_warnings(config, run.steps):
+        log.warning(f"warning: {warning}")
+    if np.mean(sizes) < config.effective_batch_size / 2 and len(captions) > config.effective_batch_size:
+        log.warning(
+            f"warning: batches hold {np.mean(sizes):.0f} captions instead of {config.effective_batch_size}, since "
+            f"a batch has one caption of a source, and the sources are few or one has very many"
+        )
+
+
+def fit(run: Run) -> None:
+    """The training loop: epochs, validation, checkpoints, early stopping."""
+    config = run.config
+    for epoch in range(1, config.epochs + 1):
+        run.text_encoder.train()
+        run.projection.train()
+        plan = plan_epoch(run.captions.caption_source, config.effective_batch_size, config.seed, epoch)
+        loss = train_epoch(run, plan, epoch)
+        scores = run.validation.measure(run.text_encoder, run.projection)
+        improved = save_epoch(run, epoch, scores)
+        for name, value in scores.items():
+            run.writer.add_scalar(f"val/{name}", value, run.step)
+        run.log.info(
+            f"epoch {epoch}/{config.epochs}: train loss {loss:.4f}, val loss {scores['loss']:.4f}, "
+            f"val R@1 {scores['t2a_R@1']:.2f}, R@10 {scores['t2a_R@10']:.2f}, MRR {scores['t2a_MRR']:.4f}"
+            f"{' (best)' if improved else ''}"
+        )
+        if epoch - run.best.r1_epoch >= config.patience:
+            run.log.info(f"stopped: no better validation R@1 in {config.patience} epochs")
+            break
+
+
+def train_epoch(run: Run, plan: list[np.ndarray], epoch: int) -> float:
+    """Step over every batch of the plan; returns the mean loss per caption."""
+    summed, captions = 0.0, 0
+    bar = tqdm(plan, desc=f"{run.config.audio_encoder} epoch {epoch}", unit="step", leave=False)
+    for batch in bar:
+        start = time.perf_counter()
+        loss = train_step(run, batch)
+        if run.step % LOG_EVERY == 0:
+            log_step(run, batch, loss, start)
+        run.optimizer.step()
+        run.schedule.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        summed, captions = summed + loss * len(batch), captions + len(batch)
+        rate = len(batch) / (time.perf_counter() - start)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {run.schedule.get_last_lr()[0]:.1e}, {rate:.0f} captions/s", refresh=False
+        )
+    return summed / captions
+
+
+def train_step(run: Run, batch: np.ndarray) -> float:
+    """Gradients of one effective batch, one forward and backward pass per micro-batch; returns the loss.
+
+    The weight of a micro-batch is its share of the captions, so that the sum is the mean over the batch.
+    """
+    config, total = run.config, 0.0
+    audio = run.projection.standardise_audio(run.vectors[run.captions.caption_audio[batch]])
+    for part in micro_batches(batch, run.tokens.lengths, config.batch_size):
+        text = run.projection.project_text(run.text_encoder.encode(*run.tokens.padded(batch[part])))
+        own = torch.from_numpy(part).to(audio.device)
+        loss = in_batch_loss(text, audio, own, config.audio_negatives, config.temperature, config.label_smoothing)
+        loss = loss * (len(part) / len(batch))
+        loss.backward()
+        total = total + loss.detach()
+    total = float(total)
+    if not math.isfinite(total):
+        raise UserError(
+            f"step {run.step + 1}: expected a finite loss, found {total}; lower --lr and --text-lr, or raise "
+            f"--temperature. The checkpoints in {config.checkpoint_dir} are those of the last epoch that ended"
+        )
+    return total
+
+
+def log_step(run: Run, batch: np.ndarray, loss: float, start: float) -> None:
+    """A TensorBoard point: loss, rates, temperature, gradient norms, padding, speed. Called before the step."""
+    config, write = run.config, run.writer.add_scalar
+    write("train/loss", loss, run.step)
+    for group in run.optimizer.param_groups:
+        write(f"learning_rate/{group['name']}", group["lr"], run.step)
+    write("train/temperature", config.temperature, run.step)
+    for name, norm in gradient_norms(run.text_encoder, run.projection).items():
+        write(f"gradient_norm/{name}", norm, run.step)
+    lengths = run.tokens.lengths[batch]
+    share = padding_share([np.arange(len(batch))], lengths, config.batch_size)
+    write("train/padding_share", share, run.step)
+    write("train/captions_per_second", len(batch) / (time.perf_counter() - start), run.step)
+
+
+def save_epoch(run: Run, epoch: int, scores: dict[str, float]) -> bool:
+    """Save the best checkpoints where this epoch is better, and the last; returns whether R@1 (or MRR) improved."""
+    contents = model_state(run.config, run.text_encoder, run.projection)
+    contents |= {"epoch": epoch, "step": run.step, "metrics": scores}
+    contents["audio_space"] = run.store.encoders[run.config.audio_encoder]
+    r1 = scores["t2a_R@1"], scores["t2a_MRR"]
+    improved = r1 > run.best.r1
+    if improved:
+        run.best.r1, run.best.r1_epoch = r1, epoch
+        save_checkpoint(checkpoint_path(run.config, "best_r1"), contents)
+    if scores["loss"] < run.best.loss:
+        run.best.loss = scores["loss"]
+        save_checkpoint(checkpoint_path(run.config, "best_loss"), contents)
+    contents |= {
+        "optimizer_state_dict": run.optimizer.state_dict(),
+        "schedule_state_dict": run.schedule.state_dict(),
+        "random_state": random_state(),
+        "best": {"r1": list(run.best.r1), "r1_epoch": run.best.r1_epoch, "loss": run.best.loss},
+    }
+    save_checkpoint(checkpoint_path(run.config, "last"), contents)
+    return improved
+
+
+def measure_best(run: Run) -> dict[str, float]:
+    """Test metrics of the checkpoint with the best validation R@1: printed beside chance and put in the summary."""
+    path = checkpoint_path(run.config, "best_r1")
+    restore_weights(path, read_checkpoint(path), run.text_encoder, run.projection)
+    test = Evaluator(run.text_encoder, run.store, "test", run.config)
+    metrics = test.measure(run.text_encoder, run.projection)
+    for name, value in metrics.items():
+        run.writer.add_scalar(f"test/{name}", value, run.step)
+    entry = {**metrics, "gallery": len(test.gallery), "epoch": run.best.r1_epoch}
+    summary = update_summary(Path(run.config.checkpoint_dir), run.config.audio_encoder, entry)
+    rows = by_subset({**metrics, "gallery": len(test.gallery)}, run.config.audio_encoder)
+    run.log.info(f"text -> audio on the test split, epoch {run.best.r1_epoch}\n{table_with_chance(rows)}")
+    run.log.info(f"written: {path.parent}/{run.config.audio_encoder}_*.pt, {summary}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)
