@@ -1,7 +1,6 @@
 """Where the bytes of the recordings come from: a streamed tar, an extracted folder, or people's own files."""
 
 import gzip
-import io
 import os
 import tarfile
 import zlib
@@ -141,7 +140,7 @@ def folder_or_tar(folder: Path, audio_ids: list[str]) -> ClipSource:
     The tree is taken if it holds all of `audio_ids`, or if there is no tar: an interrupted extraction must not
     turn into missing recordings while the tar is at hand. Raises UserError where there is neither.
     """
-    counts = {root: sum(os.path.isfile(folder / root / audio_id) for audio_id in audio_ids) for root in ROOTS}
+    counts = {root: _count_files(os.path.join(folder, root), audio_ids) for root in ROOTS}
     root = max(counts, key=counts.__getitem__)
     tars = [folder / name for name in TAR_NAMES if (folder / name).is_file()]
     if tars and counts[root] < len(audio_ids):
@@ -152,6 +151,14 @@ def folder_or_tar(folder: Path, audio_ids: list[str]) -> ClipSource:
             f" {folder / ROOTS[0] / audio_ids[0] if audio_ids else folder / ROOTS[0]}); found neither"
         )
     return FileClips({audio_id: folder / root / audio_id for audio_id in audio_ids})
+
+
+def _count_files(root: str, audio_ids: list[str]) -> int:
+    """How many of the ids are files under `root`; plain strings, for pathlib takes seconds for 53,000 of them."""
+    tops = {audio_id.split("/", 1)[0] for audio_id in audio_ids}
+    if not any(os.path.exists(os.path.join(root, top)) for top in tops):
+        return 0
+    return sum(os.path.isfile(os.path.join(root, audio_id)) for audio_id in audio_ids)
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -171,11 +178,22 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error}" if buf else "the archive's end mark is missing") from error
 
 
-def _plain_stream(raw: BinaryIO) -> BinaryIO:
+class _Decompressed:
+    """A gzip stream that gives what it has before it fails: a full read would throw away what came before a cut."""
+
+    def __init__(self, raw: BinaryIO):
+        self._gzip = gzip.GzipFile(fileobj=raw)
+
+    def read(self, size: int) -> bytes:
+        """Give some bytes, up to `size`; none at the end."""
+        return self._gzip.read1(size)
+
+
+def _plain_stream(raw: BinaryIO) -> BinaryIO | _Decompressed:
     """The uncompressed bytes of a file that may be gzipped, judged by its first two bytes, not by its name."""
     magic = raw.read(2)
     raw.seek(0)
-    return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER) if magic == _GZIP_MAGIC else raw
+    return _Decompressed(raw) if magic == _GZIP_MAGIC else raw
 
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:

@@ -9,6 +9,7 @@ import email.utils
 import errno
 import hashlib
 import logging
+import os
 import re
 import shutil
 import time
@@ -99,12 +100,13 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None, repo_ty
         raise _user_error(error, what) from error
 
 
-def fetch_model_folder(model: str, patterns: list[str], revision: str | None = None) -> Path:
+def fetch_model_folder(model: str | os.PathLike, patterns: list[str], revision: str | None = None) -> Path:
     """Folder with a model's files. A local folder is returned as it is; of a hub model only what matches is fetched.
 
     `patterns` are shell-style ("config.json", "*.safetensors"). Raises UserError where `model` is neither a folder
     nor a hub id, where nothing matches, and as `fetch_file` does.
     """
+    model = os.fspath(model)
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     if not _REPO_ID.fullmatch(model) or Path(model).exists():
@@ -129,11 +131,12 @@ def fetch_model_folder(model: str, patterns: list[str], revision: str | None = N
         raise _user_error(error, model) from error
 
 
-def resolved_revision(model: str, revision: str | None = None, repo_type: str = "model") -> str | None:
+def resolved_revision(model: str | os.PathLike, revision: str | None = None, repo_type: str = "model") -> str | None:
     """The commit id (40 hex digits) that a branch, a tag or None (the default branch) means; None for a local folder.
 
     Where the hub cannot be reached, what the cache knows.
     """
+    model = os.fspath(model)
     if repo_type == "model" and Path(model).expanduser().is_dir():
         return None
     if revision and _COMMIT.fullmatch(revision):

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from text_to_audio.clips import FileClips
 from text_to_audio.errors import UserError
-from text_to_audio.recordings import SPLITS, Row, read_json_lines, storable
+from text_to_audio.recordings import Row, read_json_lines, storable
+from text_to_audio.store import SPLITS
 
 JSON_SUFFIXES = (".json", ".jsonl")
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}

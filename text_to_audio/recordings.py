@@ -9,8 +9,8 @@ from pathlib import Path
 
 from text_to_audio.clips import ClipSource
 from text_to_audio.errors import UserError
+from text_to_audio.store import SPLITS
 
-SPLITS = ("train", "val", "test")
 LEAK, NO_CAPTION = "leak", "no caption"
 
 
@@ -193,15 +193,36 @@ def choose_sources(sizes: dict[str, int], fraction: float, seed: int) -> set[str
     """
     order = sorted(sizes, key=lambda source: hashlib.blake2b(f"{seed}\0{source}".encode(), digest_size=16).digest())
     missing = round(fraction * sum(sizes.values()))
-    chosen: set[str] = set()
+    chosen: dict[str, int] = {}
     for source in order:
         if sizes[source] <= missing:
-            chosen.add(source)
+            chosen[source] = sizes[source]
             missing -= sizes[source]
-    # What is left over is smaller than any other source; take one more where that comes nearer.
-    rest = [source for source in order if source not in chosen]
-    nearest = min(rest, key=lambda source: sizes[source], default=None)
-    comes_nearer = nearest is not None and (sizes[nearest] - missing < missing or not chosen)
-    if comes_nearer and len(rest) > 1 and fraction > 0:
-        chosen.add(nearest)
-    return chosen
+    rest = {source: sizes[source] for source in order if source not in chosen}
+    while missing:  # what is left over is smaller than any other source: add, exchange or remove one while it helps
+        step = _best_step(set(chosen.values()), set(rest.values()), missing)
+        if step is None:
+            break
+        _move(step[0], chosen, rest)
+        _move(step[1], rest, chosen)
+        missing -= step[1] - step[0]
+    if not chosen and fraction > 0 and len(rest) > 1:
+        _move(min(rest.values()), rest, chosen)
+    return set(chosen)
+
+
+def _best_step(chosen: set[int], rest: set[int], missing: int) -> tuple[int, int] | None:
+    """Sizes of the source to take out and of the one to take in (0: none) that bring the sum nearest to its target.
+
+    None where every step leads further away.
+    """
+    steps = [(taken, given) for taken in sorted({0} | chosen) for given in sorted({0} | rest)]
+    best = min(steps, key=lambda step: abs(missing - (step[1] - step[0])))
+    return best if abs(missing - (best[1] - best[0])) < abs(missing) else None
+
+
+def _move(size: int, origin: dict[str, int], target: dict[str, int]) -> None:
+    """Move the first source of that size; none for size 0."""
+    source = next((source for source, found in origin.items() if found == size), None)
+    if source is not None:
+        target[source] = origin.pop(source)
