@@ -1,6 +1,7 @@
 """The two trained parts: a text encoder with LoRA, and the head that takes its embedding into an audio space."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
+from text_to_audio.hub import fetch_model_folder
 
 TASK = "Given a description of music, find the recordings that it describes"
 STD_FLOOR = 1e-3  # of the space's median standard deviation, so that dead dimensions do not explode
@@ -55,11 +57,13 @@ class TextEncoder(nn.Module):
         self.pad_token = self.tokenizer.pad_token_id or 0  # masked, so any valid id will do
         self.dim = backbone.config.hidden_size
         _check_length(config, backbone.config, len(self._token_ids([""])[0]))
-        if config.checkpoints_activations:
-            # the frozen embedding's output must ask for gradients, or recomputed blocks would give LoRA none
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            backbone.enable_input_require_grads()
-        self.model = add_lora(backbone, config)
+        with warnings.catch_warnings():  # transformers' older names, which its whole range and peft know
+            warnings.simplefilter("ignore", FutureWarning)
+            if config.checkpoints_activations:
+                # the frozen embedding's output must ask for gradients, or recomputed blocks would give LoRA none
+                backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                backbone.enable_input_require_grads()
+            self.model = add_lora(backbone, config)
         self.to(config.torch_device)
 
     @property
@@ -109,15 +113,25 @@ def pad_tokens(rows: list[np.ndarray], pad_token: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
+def _fetch(name: str) -> Path:
+    """The model's folder, downloaded if need be: its safetensors, or, where it has none, torch's own format."""
+    small = ["*.json", "*.txt", "*.model"]
+    folder = fetch_model_folder(name, [*small, "*.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = fetch_model_folder(name, [*small, "pytorch_model*.bin"])
+    return folder
+
+
 def _load_pretrained(name: str, dtype: torch.dtype):
+    folder = _fetch(name)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # one bar for loading weights would tear the training log
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        backbone = AutoModel.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        backbone = AutoModel.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: expected a text model's folder or its id on the Hugging Face hub; {_one_line(error)}"
+            f"{name}: expected a text model in the Hugging Face format; {' '.join(str(error).split())}"
         ) from error
     finally:
         if shown:
@@ -126,10 +140,6 @@ def _load_pretrained(name: str, dtype: torch.dtype):
         raise UserError(f"{name}: expected a text encoder or a decoder-only model, found an encoder-decoder")
     tokenizer.truncation_side = "right"  # the instruction stands in front and must stay
     return tokenizer, backbone
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _prefix(instruction: str, kind: str) -> str:
@@ -174,17 +184,16 @@ def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
     A pooler (BERT's) is left out: sentence embeddings do not pass through it. The returned PEFT model loads the
     trained weights alone under `strict=True`; what is frozen is filled in from the model itself.
     """
+    has_pooler = any("pooler" in name for name, _ in backbone.named_modules())
     lora = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
-        exclude_modules=r".*pooler.*",
+        exclude_modules=r".*pooler.*" if has_pooler else None,
     )
-    with warnings.catch_warnings():  # peft asks transformers for a property under its old name
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(backbone, lora)
+    model = get_peft_model(backbone, lora)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def fill_frozen(module, state_dict, prefix, *_):
