@@ -48,7 +48,7 @@ TEXTURE_WORDS = {
     "eighths": ("chugging {} chords", "steady {} chords on every eighth"),
     "chug": ("palm-muted {} riffing low down", "a wall of fast low {} riffs"),
     "stabs": ("syncopated {} stabs", "short {} chord hits"),
-    "pad": ("long sustained {} chords", "a {} held underneath"),
+    "pad": ("long sustained {} chords", "{} held underneath"),
     "arpeggio": ("broken {} chords", "rolling {} arpeggios"),
     "fast arpeggio": ("very quick {} arpeggios", "rippling {} arpeggios"),
     "strum": ("strummed {}", "an open, strummed {} part"),
@@ -193,7 +193,7 @@ def _prose(s: _Speaker) -> str:
         f"This {w['style']} {w['kind']} is {w['mood']}; the melody belongs to {s.a(w['lead'])}.",
         f"The mood is {w['mood']}, the style {w['style']}, and {s.a(w['lead'])} plays the tune.",
         f"In this {w['tempo']} and {w['mood']} {w['style']} {w['kind']} one hears {s.a(w['lead'])} above all.",
-        f"{s.a(w['tempo'])}, {w['mood']} {w['kind']}: {s.a(w['lead'])} leads a {w['style']} arrangement.",
+        f"{s.a(w['tempo'])}, {w['mood']} {w['kind']}: {s.a(w['lead'])} leads {s.a(w['style'])} arrangement.",
     ))  # fmt: skip
     more = [
         s.pick((f"It is accompanied by {w['chords']}.",
@@ -223,7 +223,7 @@ def _terse(s: _Speaker) -> str:
         f"{w['lead']} with {band}, {w['mood']} in character, {w['style']} in style.",
         f"Someone plays {s.a(w['lead'])} in {s.a(w['mood'])} way, joined by {band}. The genre is {w['style']}.",
         f"Music of {s.a(w['mood'])} kind, {w['style']}, led by {w['lead']}, with {band}.",
-        f"A {w['tempo']}-tempo {w['style']} {w['kind']} featuring {w['lead']} and {band}; it feels {w['mood']}."
+        f"{s.a(w['tempo'])}-tempo {w['style']} {w['kind']} featuring {w['lead']} and {band}; it feels {w['mood']}."
         if s.piece.bpm else f"{s.a(w['style'])} {w['kind']} featuring {w['lead']} and {band}; it feels {w['mood']}.",
     ))  # fmt: skip
     if s.rng.random() < 0.4:

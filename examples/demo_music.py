@@ -76,7 +76,7 @@ STYLES = {
     "bossa nova": Style((100, 135), ("flute", "saxophone", "piano", "vibraphone"),
         ("nylon guitar",), "bossa", ("upright bass",), "bossa", ("bossa",),
         ("calm", "romantic", "happy", "sad")),
-    "funk": Style((95, 118), ("clavinet", "trumpet", "saxophone", "organ"),
+    "funk": Style((95, 118), ("electric piano", "trumpet", "saxophone", "organ"),
         ("clavinet", "electric piano"), "funk", ("slap bass",), "funk", ("funk",),
         ("energetic", "happy", "playful")),
     "hip hop": Style((76, 96), ("electric piano", "vibraphone", "flute", "piano"),
@@ -390,6 +390,6 @@ def render(piece: Piece, channels: int = 1) -> np.ndarray:
     if piece.bass:
         parts.append((0.7, 0.0, _play(_bass(piece), n)))
     if piece.drums:
-        parts.append((0.75, 0.0, _drums(piece, n)))
+        parts.append((1.1, 0.0, _drums(piece, n)))
     sides = (0.0,) if channels == 1 else (-1.0, 1.0)
     return _finish(np.stack([sum(g * (1 + side * p) * x for g, p, x in parts) for side in sides]), piece)
