@@ -5,7 +5,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from text_to_audio import hub
@@ -198,15 +198,15 @@ def _plain_stream(raw: BinaryIO) -> BinaryIO | _Decompressed:
 
 def _refuse_unsafe(path: Path, member: tarfile.TarInfo) -> None:
     """Raise UserError for a member that is neither a file nor a folder, or whose name leaves the archive's root."""
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
-        kind = "an unsafe path" if member.isreg() or member.isdir() else "a link or device"
-        raise UserError(f"{path}: expected plain files and folders, found {kind}: {member.name!r}")
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise UserError(f"{path}: expected plain files and folders, found an unsafe path: {member.name!r}")
+    if not (member.isreg() or member.isdir()):
+        raise UserError(f"{path}: expected plain files and folders, found a link or device: {member.name!r}")
 
 
 def _wanted_id(name: str, wanted: set[str]) -> str | None:
     """The id that `name` is, or ends in after a slash."""
-    parts = PurePosixPath(name).parts
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     candidates = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((candidate for candidate in candidates if candidate in wanted), None)
 
