@@ -10,7 +10,7 @@ from torch import nn
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.weights import load_tensors, read_json, read_tensors
 from text_to_audio.errors import UserError
-from text_to_audio.hub import fetch_file
+from text_to_audio.hub import fetch_model_folder
 
 _WEIGHTS = "music2latent.pt"
 # Signals in one pass: at the published widths one 10 s signal needs 0.22 GB per tensor at full resolution.
@@ -160,7 +160,7 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
 
     The two channels are encoded apart; a frame is left | right | magnitude sqrt(left^2 + right^2), 64 each.
     `model` is a hub id or a folder with `music2latent.pt` in the published form (a dictionary whose
-    `gen_state_dict` has the encoder under `encoder.`; the decoder is not read). In a folder, a `config.json` may
+    `gen_state_dict` has the encoder under `encoder.`; the decoder is not read). A `config.json` beside it may
     give fields of `LatentConfig`; without one the published widths are meant. Everything runs in float32 unless
     `precision="float16"` on CUDA. Raises `UserError` for files that are not such a checkpoint.
     """
@@ -177,7 +177,7 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
         revision: str | None = None,
     ):
         super().__init__(model, revision, device, precision)
-        weights = Path(model) / _WEIGHTS if Path(model).is_dir() else fetch_file(str(model), _WEIGHTS, revision)
+        weights = fetch_model_folder(model, [_WEIGHTS, "config.json"], revision) / _WEIGHTS
         self._config = _read_config(weights.with_name("config.json"))
         self.sample_rate = self._config.sample_rate
         self.frame_dim = 3 * self._config.bottleneck_channels
@@ -202,17 +202,19 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
         with torch.autocast(signals.device.type, enabled=False):
             x = torch.stft(signals, 4 * c.hop, c.hop, window=self._window, center=False, return_complex=True)
             x = x[:, : 2 * c.hop]  # without the Nyquist frequency
-            x = torch.polar(c.beta_rescale * x.abs() ** c.alpha_rescale, x.angle())
-            return torch.stack([x.real, x.imag], dim=1)
+            parts = torch.view_as_real(x).permute(0, 3, 1, 2)
+            power = parts.square().sum(dim=1, keepdim=True)
+            # m ** alpha in the direction of x is x * m ** (alpha - 1), except where there is nothing.
+            scale = c.beta_rescale * power ** ((c.alpha_rescale - 1) / 2)
+            return parts * scale.masked_fill_(power == 0, 0)
 
 
 def _read_config(path: Path) -> LatentConfig:
-    """Read fields of `LatentConfig` from a JSON file beside the weights; none means the published ones."""
+    """Read fields of `LatentConfig` from a JSON file beside the weights; other fields are not ours to judge."""
     if not path.is_file():
         return LatentConfig()
-    given = read_json(path)
-    if unknown := set(given) - {field.name for field in fields(LatentConfig)}:
-        raise UserError(f"{path}: not fields of a Music2Latent encoder: {', '.join(sorted(unknown))}")
+    names = {field.name for field in fields(LatentConfig)}
+    given = {name: value for name, value in read_json(path).items() if name in names}
     config = LatentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     levels = len(config.multipliers_list)
     lengths = [len(config.layers_list_encoder), len(config.attention_list_encoder)]
