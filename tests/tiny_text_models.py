@@ -4,7 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-WORDS = "a calm happy slow fast piano guitar drum song with train val test caption naïve – 0 1 2 3 4 5 6 7 8 9"
+NUMBERS = " ".join(map(str, range(40)))
+WORDS = f"a calm happy slow fast piano guitar drum song with train val test caption naïve – {NUMBERS}"
 END = "<|endoftext|>"
 
 
@@ -32,6 +33,7 @@ def make_qwen3(folder, with_end_token=True):
     config = Qwen3Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+        initializer_range=0.3,
     )  # fmt: skip
     return _save(folder, Qwen3Model(config), tokenizer, pad_token=END, eos_token=END)
 
@@ -48,7 +50,7 @@ def make_bert(folder):
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=256, hidden_dropout_prob=0.0,
+        num_attention_heads=4, max_position_embeddings=256, initializer_range=0.3, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return _save(
