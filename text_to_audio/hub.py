@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
 from huggingface_hub.utils import (
     WeakFileLock,
     build_hf_headers,
@@ -40,6 +40,7 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
     parse_ratelimit_headers,
     tqdm,
+    validate_repo_id,
 )
 
 from text_to_audio.errors import UserError
@@ -48,16 +49,23 @@ LOCAL_COPY = "or use a local copy (a folder for --dataset or for the model)"
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60)  # between tries that brought nothing, where the hub names no time
 UNREACHED_TRIES = 3  # before the hub has answered at all: with no network one should know soon
 LONGEST_WAIT = 900  # seconds; the hub's own windows are 300
+BAR_FROM = 10_000_000  # bytes; a bar for less is noise
 TIMEOUT = 10  # seconds for an answer about a file
 RETRY_STATUS = (408, 429, 500, 502, 503, 504)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _CHUNK = 1 << 20
 
 _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
+
+
+class _NoBar(tqdm):
+    """For what takes no time."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **(options | {"disable": True}))
 
 
 def endpoint() -> str:
@@ -73,27 +81,20 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None, repo_ty
     file of a branch is used, with a warning.
     """
     what = f"{filename} of {repo_id}"
+    _require_repo_id(repo_id)
     cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type)
     cached_path = Path(cached) if isinstance(cached, str) else None
     if cached_path and (huggingface_hub.is_offline_mode() or (revision and _COMMIT.fullmatch(revision))):
         return cached_path
-    url = hf_hub_url(repo_id, filename, repo_type=repo_type, revision=revision)
     try:
+        url = hf_hub_url(repo_id, filename, repo_type=repo_type, revision=revision)
         metadata = _patiently(lambda: get_hf_file_metadata(url, timeout=TIMEOUT))
         if metadata.commit_hash is None or metadata.etag is None:
             raise FileMetadataError(f"{endpoint()} does not answer like a Hugging Face hub")
-        url = hf_hub_url(repo_id, filename, repo_type=repo_type, revision=metadata.commit_hash)
-        repo_folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
-        lock = Path(constants.HF_HUB_CACHE, ".locks", repo_folder, f"{metadata.etag}.lock")
-        blob = Path(constants.HF_HUB_CACHE, repo_folder, "blobs", metadata.etag)
-        for folder in (lock.parent, blob.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
-            if not blob.exists():
-                _download(url, blob, metadata.size, what)
+        _fetch_content(repo_id, filename, repo_type, metadata)
         # The content is in the cache; this enters it under the names by which the cache is searched.
         return Path(_patiently(lambda: hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type)))
-    except (HTTPError, OSError, FileMetadataError, HFValidationError) as error:
+    except (HTTPError, OSError, FileMetadataError) as error:
         if cached_path and _is_unreached(error):
             _log.warning("%s cannot be reached; using the cached %s", endpoint(), what)
             return cached_path
@@ -109,10 +110,7 @@ def fetch_model_folder(model: str | os.PathLike, patterns: list[str], revision: 
     model = os.fspath(model)
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
-    if not _REPO_ID.fullmatch(model) or Path(model).exists():
-        raise UserError(
-            f"{model}: expected a folder with a model, or a hub id such as owner/name; found no such folder"
-        )
+    _require_repo_id(model)
     try:
         if not huggingface_hub.is_offline_mode():
             info = _repo_info(model, revision, "model")
@@ -123,8 +121,8 @@ def fetch_model_folder(model: str | os.PathLike, patterns: list[str], revision: 
             for name in names:
                 fetch_file(model, name, revision=info.sha)
         # Everything is cached by now; this checks that and enters the branch's name.
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HTTPError, OSError, HFValidationError) as error:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, tqdm_class=_NoBar))
+    except (HTTPError, OSError) as error:
         if _is_unreached(error) and (folder := _cached_folder(model, patterns, revision)):
             _log.warning("%s cannot be reached; using the cached %s", endpoint(), model)
             return folder
@@ -139,14 +137,19 @@ def resolved_revision(model: str | os.PathLike, revision: str | None = None, rep
     model = os.fspath(model)
     if repo_type == "model" and Path(model).expanduser().is_dir():
         return None
+    _require_repo_id(model)
     if revision and _COMMIT.fullmatch(revision):
         return revision
+    folder = repo_folder_name(repo_id=model, repo_type=repo_type)
+    known = Path(constants.HF_HUB_CACHE, folder, "refs", revision or constants.DEFAULT_REVISION)
     try:
-        return _repo_info(model, revision, repo_type).sha
-    except (HTTPError, OSError, HFValidationError) as error:
-        folder = repo_folder_name(repo_id=model, repo_type=repo_type)
-        known = Path(constants.HF_HUB_CACHE, folder, "refs", revision or constants.DEFAULT_REVISION)
+        commit = _repo_info(model, revision, repo_type).sha
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(commit)  # where the cache keeps what a branch meant last, for work without network
+        return commit
+    except (HTTPError, OSError) as error:
         if _is_unreached(error) and known.is_file():
+            _log.warning("%s cannot be reached; using the cached revision of %s", endpoint(), model)
             return known.read_text().strip()
         raise _user_error(error, model) from error
 
@@ -155,12 +158,23 @@ def file_sizes(
     repo_id: str, patterns: list[str], revision: str | None = None, repo_type: str = "model"
 ) -> dict[str, int]:
     """Bytes by name of the hub files that match, without fetching them. Raises UserError as `fetch_file` does."""
+    _require_repo_id(repo_id)
     try:
         info = _repo_info(repo_id, revision, repo_type)
-    except (HTTPError, OSError, HFValidationError) as error:
+    except (HTTPError, OSError) as error:
         raise _user_error(error, repo_id) from error
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
     return {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=patterns)}
+
+
+def _require_repo_id(name: str) -> None:
+    """Raise UserError for a name that cannot be one of the hub's, so that it was meant as a path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name}: expected a folder, or a hub id such as owner/name; found no such folder") from error
+    if Path(name).is_file():
+        raise UserError(f"{name}: expected a folder, or a hub id such as owner/name; found a file")
 
 
 def _repo_info(repo_id: str, revision: str | None, repo_type: str):
@@ -178,6 +192,19 @@ def _cached_folder(model: str, patterns: list[str], revision: str | None) -> Pat
         return None
 
 
+def _fetch_content(repo_id: str, filename: str, repo_type: str, metadata: HfFileMetadata) -> None:
+    """Bring the content of a file into the cache's blobs, unless it is there; one process at a time."""
+    url = hf_hub_url(repo_id, filename, repo_type=repo_type, revision=metadata.commit_hash)
+    repo_folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+    lock = Path(constants.HF_HUB_CACHE, ".locks", repo_folder, f"{metadata.etag}.lock")
+    blob = Path(constants.HF_HUB_CACHE, repo_folder, "blobs", metadata.etag)
+    for folder in (lock.parent, blob.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not blob.exists():
+            _download(url, blob, metadata.size, f"{filename} of {repo_id}")
+
+
 def _download(url: str, blob: Path, size: int | None, what: str) -> None:
     """Download to blob's .incomplete file, from where an earlier try stopped; check it and give it its name."""
     partial = blob.with_name(f"{blob.name}.incomplete")
@@ -188,7 +215,9 @@ def _download(url: str, blob: Path, size: int | None, what: str) -> None:
             f"{what}: {(size - done) / 1e9:.2f} GB are still to be downloaded and {blob.parent} has {free / 1e9:.2f} GB"
             " free; make room, or set HF_HOME to a folder on a larger disk"
         )
-    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=Path(what.split(" of ")[0]).name) as bar:
+    name = Path(what.split(" of ")[0]).name
+    quiet = size is not None and size < BAR_FROM
+    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
         tries = 0
         while size is None or done < size or not partial.exists():
             try:
@@ -202,7 +231,8 @@ def _download(url: str, blob: Path, size: int | None, what: str) -> None:
             if size is not None and tries > len(RETRY_SECONDS):
                 raise UserError(f"{what}: the hub sends only {done:,} of {size:,} bytes; try again later, {LOCAL_COPY}")
             bar.n = done
-    _check(partial, blob.name, size, what)
+        bar.set_description(f"checking {name}")
+        _check(partial, blob.name, size, what)
     partial.replace(blob)
 
 
@@ -218,7 +248,7 @@ def _stream(url: str, partial: Path, start: int, count: Callable[[int], object])
             return
         hf_raise_for_status(response)
         with open(partial, "ab" if start and response.status_code == 206 else "wb") as file:
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():  # as it comes: a set size would lose the last piece
                 file.write(chunk)
                 count(len(chunk))
 
@@ -235,7 +265,9 @@ def _check(partial: Path, etag: str, size: int | None, what: str) -> None:
         sound = digest.hexdigest() == etag
     if not sound:
         partial.unlink()
-        raise UserError(f"{what}: what was downloaded is damaged ({found:,} bytes, {size:,} expected); run it again")
+        raise UserError(
+            f"{what}: what was downloaded is damaged ({found:,} bytes; {size or '?'} expected); run it again"
+        )
 
 
 def _patiently(call: Callable[[], Answer]) -> Answer:
@@ -307,7 +339,7 @@ def _user_error(error: Exception, what: str) -> UserError:
                 f"{what}: {hub} still answers 429 Too Many Requests; try later, `hf auth login` for more, {LOCAL_COPY}"
             )
         return UserError(f"{what}: {hub} answers with HTTP status {code}; try again later, {LOCAL_COPY}")
-    if isinstance(error, FileMetadataError | HFValidationError):
+    if isinstance(error, FileMetadataError):
         return UserError(f"{what}: {str(error).splitlines()[0]}; check the name and HF_ENDPOINT, {LOCAL_COPY}")
     if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
         cause = str(error.__cause__ or error).strip().split("\n")[0]
