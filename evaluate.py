@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError, run_script
 from text_to_audio.evaluation import Evaluator, by_subset
@@ -47,8 +48,11 @@ def open_store(checkpoint: str, config: TrainingConfig, data_path: str | None) -
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Print the metrics and return them, unrounded."""
     arguments = build_parser().parse_args(argv)
+    stored = read_checkpoint(arguments.checkpoint)["config"]
+    store = open_store(
+        arguments.checkpoint, TrainingConfig.from_dict(stored, arguments.checkpoint), arguments.data_path
+    )
     text_encoder, projection, config = load_checkpoint(arguments.checkpoint, arguments.device)
-    store = open_store(arguments.checkpoint, config, arguments.data_path)
     evaluator = Evaluator(text_encoder, store, arguments.split, config)
     metrics = evaluator.measure(text_encoder, projection)
     metrics["gallery"] = len(evaluator.gallery)

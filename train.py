@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from logging import Logger
@@ -113,6 +114,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: expected a folder to write to ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: expected a folder to write to (no permission)")
 
 
 def prepare(config: TrainingConfig, log: Logger) -> Run:

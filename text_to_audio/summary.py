@@ -17,7 +17,8 @@ COLUMNS = ("t2a_R@1", "t2a_R@5", "t2a_R@10", "t2a_MRR", "t2a_median_rank")
 def update_summary(folder: Path, encoder: str, metrics: dict[str, float | int]) -> Path:
     """Put one encoder's entry into the folder's summary; the other encoders' entries stay. Returns its path.
 
-    Processes that finish at the same time wait for each other. `UserError` where the file there is not JSON.
+    Processes that finish at the same time wait for each other. `UserError` where the file there is not JSON or cannot
+    be written; it stays as it was.
     """
     path = folder / FILE_NAME
     lock = Lock(folder / f".{FILE_NAME}.lock", wait=True)
@@ -27,6 +28,8 @@ def update_summary(folder: Path, encoder: str, metrics: dict[str, float | int]) 
         beside = path.with_name(path.name + ".part")
         beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         publish(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: could not write the metrics of {encoder} ({error.strerror})") from error
     finally:
         lock.release()
     return path
