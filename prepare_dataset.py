@@ -28,6 +28,7 @@ from text_to_audio.verifying import faults
 from text_to_audio.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
 
 ENCODERS = ("muq", "mert", "latent")
+LINE_EVERY = 60.0  # seconds between lines of progress in the log
 EXAMPLES = """examples:
   python prepare_dataset.py --plan
   python prepare_dataset.py --output-dir data/musicbench_embeddings --device cuda --dtype float32
@@ -132,17 +133,17 @@ def prepare(args: argparse.Namespace, folder: Path, log: Logger) -> int:
     if target.exists():
         check_finished(target, header, dataset)
         log.info("%s is complete already", target)
-        return closing_table(target, StageSeconds(), 0.0, started, log)
-    seconds, write_seconds = StageSeconds(), 0.0
+        return closing_table(target, StageSeconds(), started, log)
+    seconds = StageSeconds()
     work = open_shard(folder, header, dataset, args.split_id, args.num_splits)
     if work is not None:  # None: killed at the last step, only the rename is left
         try:
-            write_seconds = embed(work, dataset, encoders, args, seconds, log)
+            embed(work, dataset, encoders, args, seconds, log)
         finally:
             work.close()
     if finish(folder, args.num_splits, log.info) is None:
         return 0
-    return closing_table(target, seconds, write_seconds, started, log)
+    return closing_table(target, seconds, started, log)
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -231,17 +232,17 @@ def embed(
     args: argparse.Namespace,
     seconds: StageSeconds,
     log: Logger,
-) -> float:
-    """Settle every row of the shard that is still to do; return the seconds spent writing."""
+) -> None:
+    """Settle every row of the shard that is still to do."""
     rows = {
         work.splits[name].audio_id[row]: (name, row)
         for name in SPLITS
         for row in np.flatnonzero(work.state(name) == TODO).tolist()
     }
-    total, write_seconds = len(work.states), 0.0
+    total, next_line = len(work.states), time.perf_counter() + LINE_EVERY
     log.info("shard %d of %d: %d of %d rows to do", args.split_id, args.num_splits, len(rows), total)
     if not rows:
-        return write_seconds
+        return
     dataset.clips.prepare()
     size = dataset.clips.size_bytes
     with (
@@ -252,10 +253,12 @@ def embed(
         for finished in embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds):
             started = time.perf_counter()
             settle(work, rows, finished, log)
-            write_seconds += time.perf_counter() - started
+            seconds.write += time.perf_counter() - started
             bar.update(len(finished))
+            if time.perf_counter() >= next_line:
+                log.debug("%s", bar)  # into the file alone, for `tail -f prepare_dataset.log`
+                next_line = time.perf_counter() + LINE_EVERY
     mark_missing(work, rows, dataset, log)
-    return write_seconds
 
 
 def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished, log: Logger) -> None:
@@ -287,7 +290,7 @@ def mark_missing(work: WorkFile, rows: dict[str, tuple[str, int]], dataset: Data
     work.commit([(split, row, STATE_OF_REASON["missing"]) for split, row in rows.values()])
 
 
-def closing_table(target: Path, seconds: StageSeconds, write_seconds: float, started: float, log: Logger) -> int:
+def closing_table(target: Path, seconds: StageSeconds, started: float, log: Logger) -> int:
     """Print rows per split, what was skipped and why, sizes, and where the time went."""
     store = EmbeddingStore(target)
     log.info("%-8s %12s %12s %12s", "split", "recordings", "sources", "captions")
@@ -300,7 +303,7 @@ def closing_table(target: Path, seconds: StageSeconds, write_seconds: float, sta
     widths = ", ".join(f"{name} {entry['dim']:,}" for name, entry in store.encoders.items())
     log.info("file     %s, %.3f GB, %s: %s", target, target.stat().st_size / 1e9, store.header.dtype, widths)
     stages = {"decode (all workers)": seconds.decode, "waiting for audio": seconds.wait, **seconds.encode}
-    stages |= {"writing": write_seconds, "total": time.perf_counter() - started}
+    stages |= {"writing": seconds.write, "total": time.perf_counter() - started}
     log.info("seconds  %s", ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items()))
     return 0
 

@@ -33,7 +33,7 @@ class AudioEmbeddingModel:
             raise UserError(f'precision: expected "float32" or "float16", found {precision!r}')
         self.model = str(model)
         self.revision = revision
-        self.device = _device(device)
+        self.device = choose_device(device)
         use_half = precision == "float16" and self.half_precision and self.device.type == "cuda"
         self.precision = "float16" if use_half else "float32"
 
@@ -113,7 +113,8 @@ class AudioEmbeddingModel:
         return vectors.double().sum(dim=0).numpy()
 
 
-def _device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """Return the device of a name; "auto" is CUDA where there is one. Raises `UserError` for one that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

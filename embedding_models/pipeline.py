@@ -33,6 +33,7 @@ class StageSeconds:
     decode: float = 0.0
     wait: float = 0.0
     encode: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    write: float = 0.0  # left to the caller, who writes between two batches
 
 
 class _Stopped(Exception):

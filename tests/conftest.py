@@ -43,3 +43,13 @@ def make_vectors(header, splits, seed=0):
 def store_parts():
     header, splits = make_header(), make_splits()
     return header, splits, make_vectors(header, splits)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Tiny checkpoints of the three audio encoders and a Qwen3 text encoder, in the published formats."""
+    from examples.make_tiny_models import main
+
+    folder = tmp_path_factory.mktemp("models")
+    main(["--out", str(folder)])
+    return folder

@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_nothing_and_the_old_file(tmp_path, store_parts):
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path):
     header = make_header(dims={"muq": 10**9})
     splits = make_splits((100_000, 0, 0), captions=1)
-    with pytest.raises(UserError, match=r"needs 400\d+\.\d+ GB of disk"):
+    with pytest.raises(UserError, match=r"needs 400,\d+,\d+\.\d MB of disk"):
         create_store(tmp_path / "e.h5", header, splits)
     assert os.listdir(tmp_path) == []
 

@@ -18,8 +18,9 @@ class _ConsoleHandler(logging.Handler):
 def start_log(name: str, path: str | Path) -> logging.Logger:
     """Return the logger `name`, which prints to the console and appends to the file `path`.
 
-    Each line in the file carries the time and the process. The file is opened for appending, line by line, so
-    a second process adds to it and truncates nothing. Calling it again replaces the handlers.
+    The console shows INFO and above, the file everything, each line with the time and the process. The file is
+    opened for appending, so a second process adds to it and truncates nothing. Calling it again replaces the
+    handlers.
     """
     logger = logging.getLogger(name)
     for handler in list(logger.handlers):
@@ -27,9 +28,10 @@ def start_log(name: str, path: str | Path) -> logging.Logger:
         handler.close()
     console, file = _ConsoleHandler(), logging.FileHandler(path, encoding="utf-8")
     console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO)
     file.setFormatter(logging.Formatter(LINE))
     for handler in (console, file):
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     return logger

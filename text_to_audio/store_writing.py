@@ -32,7 +32,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise `UserError` where the file system of `folder` has not `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder}: {what} needs {needed / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")
+        raise UserError(f"{folder}: {what} needs {needed / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free")
 
 
 def create_store(
