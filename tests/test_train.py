@@ -170,7 +170,7 @@ def test_mistakes_end_in_one_line(parts, workplace):
     cases = {
         r"embeddings\.h5: expected vectors of 'mert', found muq, latent": arguments(parts, encoder="mert"),
         r"gone\.h5: no such file": arguments(parts, store="gone.h5"),
-        r"nowhere: expected a folder with a model": arguments(parts, model="nowhere"),
+        r"nowhere: expected a folder": arguments(parts, model="nowhere"),
         r"no_test\.h5: expected recordings with captions in the split 'test'": arguments(
             parts, store=Path("no_test.h5").resolve()
         ),
