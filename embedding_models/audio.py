@@ -75,6 +75,8 @@ def _blocks(sound: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
         yield block if block.shape[1] <= 2 else block.mean(axis=1, keepdims=True)
     if decoded < promised - _FRAME_COUNT_TOLERANCE:
         raise AudioError("unreadable", f"{name}: truncated, {decoded} of {promised} frames could be decoded")
+    if decoded == 0:
+        raise AudioError("unreadable", f"{name}: an audio file without any sound in it")
     if decoded < MIN_SECONDS * sound.samplerate:
         seconds = decoded / sound.samplerate
         raise AudioError("too short", f"{name}: {seconds:.3f} s of audio, expected {MIN_SECONDS} or more")
@@ -112,7 +114,7 @@ class _Stream:
     def window(self, start: int, stop: int) -> np.ndarray:
         """Give samples [start, stop) as (channels, samples)."""
         samples = self.buffer[start - self.start : stop - self.start].T
-        return np.ascontiguousarray(np.broadcast_to(samples, (self.format.channels, samples.shape[1])))
+        return np.array(np.broadcast_to(samples, (self.format.channels, samples.shape[1])), order="C")
 
     def forget_before(self, start: int) -> None:
         """Drop the samples before number `start`."""

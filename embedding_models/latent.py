@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.weights import load_tensors, read_json, read_tensors
 from text_to_audio.errors import UserError
@@ -182,7 +183,10 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
         self.sample_rate = self._config.sample_rate
         self.frame_dim = 3 * self._config.bottleneck_channels
         # Not in channels_last on a CPU: torch's group norm is then off by 1.7e-5 of the largest value.
-        self._encoder = LatentEncoder(self._config)
+        try:
+            self._encoder = LatentEncoder(self._config)
+        except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
+            raise UserError(f"{weights.with_name('config.json')}: no shape of an encoder ({error})") from error
         load_tensors(self._encoder, read_tensors(weights, "encoder.", "gen_state_dict"), weights)
         self._encoder.eval().requires_grad_(False).to(self.device)
         self._window = torch.hann_window(4 * self._config.hop, device=self.device)
@@ -198,6 +202,9 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
         """(signals, samples) -> (signals, 2, 2 * hop, frames): as many frames as make up whole latents."""
         c = self._config
         frames = (signals.shape[1] // c.hop - 3) // c.time_factor * c.time_factor
+        if frames < 1:
+            needed = (c.time_factor + 3) * c.hop
+            raise AudioError("too short", f"latent: {signals.shape[1]} samples, expected {needed} or more")
         signals = signals[:, : (frames + 3) * c.hop]
         with torch.autocast(signals.device.type, enabled=False):
             x = torch.stft(signals, 4 * c.hop, c.hop, window=self._window, center=False, return_complex=True)

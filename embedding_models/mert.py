@@ -3,6 +3,7 @@
 import os
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HubertConfig, HubertModel
 
 from embedding_models.base import AudioEmbeddingModel
@@ -85,7 +86,7 @@ def _hubert_config(config: dict, path: os.PathLike) -> HubertConfig:
     try:
         fields = {name: config[name] for name in _HUBERT_FIELDS if name in config}
         return HubertConfig(attn_implementation="sdpa", **fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not the config of a MERT model: {' '.join(str(error).split())}") from error
 
 

@@ -4,6 +4,7 @@ import os
 
 import librosa
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Wav2Vec2ConformerConfig
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
@@ -85,17 +86,13 @@ class MuQBackbone(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         stat, width = config["stat"], config["encoder_dim"]
-        self.mel = _LogMel(
-            config["hop_length"], config["n_mels"], stat["melspec_2048_mean"], stat["melspec_2048_std"]
-        )
+        self.mel = _LogMel(config["hop_length"], config["n_mels"], stat["melspec_2048_mean"], stat["melspec_2048_std"])
         strides = {25: (2, 2), 50: (2, 1)}[config["label_rate"]]
         self.conv = _Subsampling(config["n_mels"], config["conv_dim"], width, strides)
         fields = {name: config["w2v2_config"][name] for name in _CONFORMER_FIELDS}
         depth = config["encoder_depth"]
         self.conformer = Wav2Vec2ConformerEncoder(
-            Wav2Vec2ConformerConfig(
-                hidden_size=width, num_hidden_layers=depth, attn_implementation="sdpa", **fields
-            )
+            Wav2Vec2ConformerConfig(hidden_size=width, num_hidden_layers=depth, attn_implementation="sdpa", **fields)
         )
         del self.conformer.pos_conv_embed  # published and never used: position is in the rotary embedding
 
@@ -181,5 +178,6 @@ def _build_backbone(backbone: str | os.PathLike) -> MuQBackbone:
     config, path = fetch_config(backbone, "config.json")
     try:
         return MuQBackbone(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the config of a MuQ model: {type(error).__name__} {error}") from error
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: not the config of a MuQ model ({reason})") from error

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -71,15 +70,18 @@ def read_tensors(path: Path, prefix: str = "", section: str | None = None) -> Te
         content = _load_pickle(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: not found; expected the model's weights there") from error
-    except (OSError, EOFError, RuntimeError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler fails on arbitrary bytes in any way there is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: expected a PyTorch checkpoint, could not read it ({reason})") from error
-    if section is not None and section in content:
-        content = content[section]
+    if section is not None and isinstance(content, dict):
+        content = content.get(section)
+    if not isinstance(content, dict):
+        place = f"{path}: {section}" if section else str(path)
+        raise UserError(f"{place}: expected a dictionary of tensors, found {type(content).__name__}")
     return {k[len(prefix) :]: v for k, v in content.items() if k.startswith(prefix) and torch.is_tensor(v)}
 
 
-def _load_pickle(path: Path) -> dict:
+def _load_pickle(path: Path) -> object:
     """Load a pickled checkpoint with torch's unpickler that knows tensors alone.
 
     Whatever else is in it becomes a placeholder: published training checkpoints carry such things (reported
@@ -91,8 +93,6 @@ def _load_pickle(path: Path) -> dict:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Placeholder, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
     return content
 
 

@@ -98,9 +98,11 @@ MERT_PREPROCESSOR = {
     "return_attention_mask": True,
     "sampling_rate": 24000,
 }
-# On a CPU the finest resolution takes most of the time: a quarter of the published rate, and no block there.
+# On a CPU the finest resolution takes most of the time: no block there, and a quarter of the published rate and
+# hop, which is the published spectrogram without its upper three quarters.
 LATENT_CONFIG = {
     "sample_rate": 11025,
+    "hop": 128,
     "base_channels": 4,
     "multipliers_list": [1, 2, 4, 8, 8],
     "layers_list_encoder": [0, 1, 1, 1, 1],
