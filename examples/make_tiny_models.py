@@ -113,6 +113,17 @@ LATENT_CONFIG = {
     "num_bottleneck_layers": 2,
     "bottleneck_channels": 32,
 }
+VOCABULARY = 600
+QWEN3_SHAPE = {
+    "vocab_size": VOCABULARY + 1,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.1,  # as above: 0.02 is meant for wide layers
+}
 END = "<|endoftext|>"
 # Enough of the language of captions for a tokenizer of some hundred tokens; other words fall back to bytes.
 CORPUS = """Instruct: Given a description of music, retrieve recordings that fit it Query:
@@ -138,7 +149,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def probe_sounds(samples: int) -> torch.Tensor:
+def probe_sounds(samples: int = 24_000) -> torch.Tensor:
     """Make eight mixtures of decaying tones and noise, (8, samples), to set running statistics with."""
     time = torch.arange(samples) / 24_000
     pitches = 55 * 2 ** (6 * torch.rand(8, 12))
@@ -147,21 +158,21 @@ def probe_sounds(samples: int) -> torch.Tensor:
     return 0.5 * tones + 0.02 * torch.rand(8, 1) * torch.randn(8, samples)
 
 
-def muq_backbone() -> MuQBackbone:
+def muq_backbone(config: dict) -> MuQBackbone:
     """Build MuQ with random weights and batch norms that have seen sound."""
-    backbone = MuQBackbone(MUQ_CONFIG)
+    backbone = MuQBackbone(config)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None  # running statistics are the plain mean over what was seen
     with torch.no_grad():
-        backbone.train()(probe_sounds(48_000))
+        backbone.train()(probe_sounds())
     return backbone.eval()
 
 
-def muq_tensors(backbone: MuQBackbone) -> dict[str, torch.Tensor]:
+def muq_tensors(config: dict) -> dict[str, torch.Tensor]:
     """Give MuQ's tensors by their published names, those that only pre-training needs included."""
-    width, bins = MUQ_CONFIG["encoder_dim"], MUQ_CONFIG["n_mels"] * 4
-    codes, code_width = MUQ_CONFIG["codebook_size"], MUQ_CONFIG["codebook_dim"]
+    width, bins = config["encoder_dim"], config["n_mels"] * 4
+    codes, code_width = config["codebook_size"], config["codebook_dim"]
     unused = {
         "cls_token": torch.randn(width),
         "conformer.pos_conv_embed.conv.bias": torch.zeros(width),
@@ -172,14 +183,14 @@ def muq_tensors(backbone: MuQBackbone) -> dict[str, torch.Tensor]:
         "quantizer_melspec_2048.codebook": torch.randn(codes, code_width),
         "quantizer_melspec_2048.random_projection": torch.randn(bins, code_width),
     }
-    return copied({**backbone.state_dict(), **unused}, "model.")
+    return copied({**muq_backbone(config).state_dict(), **unused}, "model.")
 
 
-def write_muq(out: Path) -> None:
+def write_muq(out: Path, config: dict = MUQ_CONFIG, mulan_config: dict = MULAN_CONFIG) -> None:
     """Write `muq_large` (the backbone) and `muq_mulan` (backbone, audio head, text tower), as safetensors."""
-    backbone = muq_tensors(muq_backbone())
-    width, latent = MULAN_CONFIG["audio_transformer"]["dim"], MULAN_CONFIG["mulan"]["dim_latent"]
-    projection = nn.Linear(MUQ_CONFIG["encoder_dim"], width)
+    backbone = muq_tensors(config)
+    width, latent = mulan_config["audio_transformer"]["dim"], mulan_config["mulan"]["dim_latent"]
+    projection = nn.Linear(config["encoder_dim"], width)
     to_latents = nn.Linear(width, latent)
     unused = {
         "mulan.audio.aggregator.weight": torch.randn(1, 25, 1),
@@ -195,32 +206,32 @@ def write_muq(out: Path) -> None:
         **copied(to_latents.state_dict(), "mulan.audio_to_latents."),
         **unused,
     }
-    for name, config, tensors in (("muq_large", MUQ_CONFIG, backbone), ("muq_mulan", MULAN_CONFIG, mulan)):
+    for name, written, tensors in (("muq_large", config, backbone), ("muq_mulan", mulan_config, mulan)):
         (out / name).mkdir(exist_ok=True)
-        write_json(out / name / "config.json", config)
+        write_json(out / name / "config.json", written)
         save_file(tensors, out / name / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_mert(out: Path) -> None:
+def write_mert(out: Path, config: HubertConfig = MERT_CONFIG) -> None:
     """Write `mert`: a pickled state with weight_g and weight_v, and the config of the remote code."""
     folder = out / "mert"
     folder.mkdir(exist_ok=True)
     names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     tensors = {}
-    for name, tensor in copied(HubertModel(MERT_CONFIG).state_dict()).items():
+    for name, tensor in copied(HubertModel(config).state_dict()).items():
         for new, old in names.items():
             name = name.replace(new, old)
         tensors[name] = tensor
     torch.save(tensors, folder / "pytorch_model.bin")
-    write_json(folder / "config.json", {**MERT_CONFIG.to_dict(), **MERT_OWN_FIELDS})
+    write_json(folder / "config.json", {**config.to_dict(), **MERT_OWN_FIELDS})
     write_json(folder / "preprocessor_config.json", MERT_PREPROCESSOR)
 
 
-def write_music2latent(out: Path) -> None:
+def write_music2latent(out: Path, fields: dict = LATENT_CONFIG) -> None:
     """Write `music2latent`: the encoder among a decoder's tensors, and the widths in a config.json."""
     folder = out / "music2latent"
     folder.mkdir(exist_ok=True)
-    config = LatentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in LATENT_CONFIG.items()})
+    config = LatentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     decoder = nn.Conv1d(config.bottleneck_channels, config.bottleneck_base_channels, 1)
     tensors = {
         **copied(LatentEncoder(config).state_dict(), "encoder."),
@@ -228,7 +239,8 @@ def write_music2latent(out: Path) -> None:
         "conv_out.weight": torch.zeros(2, config.base_channels, 3, 3),
     }
     torch.save({"gen_state_dict": tensors}, folder / "music2latent.pt")
-    write_json(folder / "config.json", LATENT_CONFIG)
+    if fields:  # none: the published widths, as there is no config.json beside the published weights
+        write_json(folder / "config.json", fields)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -242,7 +254,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+        CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer.add_special_tokens([AddedToken(END, special=True)])
     end = (END, tokenizer.token_to_id(END))
@@ -254,22 +266,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_qwen3(out: Path) -> None:
-    """Write `qwen3`: a Qwen3 text model 64 wide, and its tokenizer."""
+def write_qwen3(out: Path, shape: dict = QWEN3_SHAPE) -> None:
+    """Write `qwen3`: a Qwen3 text model, and its tokenizer."""
     tokenizer = train_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.1,  # as above: 0.02 is meant for wide layers
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
+    end = tokenizer.eos_token_id
+    config = Qwen3Config(**shape, pad_token_id=end, eos_token_id=end, bos_token_id=None)
     tokenizer.save_pretrained(out / "qwen3")
     Qwen3Model(config).save_pretrained(out / "qwen3")
 
