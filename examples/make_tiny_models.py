@@ -109,9 +109,9 @@ LATENT_CONFIG = {
     "attention_list_encoder": [0, 0, 0, 1, 1],
     "freq_downsample_list": [1, 0, 0, 0],
     "heads": 2,
-    "bottleneck_base_channels": 64,
-    "num_bottleneck_layers": 2,
-    "bottleneck_channels": 32,
+    "bottleneck_base_channels": 128,
+    "num_bottleneck_layers": 1,
+    "bottleneck_channels": 64,
 }
 VOCABULARY = 600
 QWEN3_SHAPE = {
@@ -227,14 +227,36 @@ def write_mert(out: Path, config: HubertConfig = MERT_CONFIG) -> None:
     write_json(folder / "preprocessor_config.json", MERT_PREPROCESSOR)
 
 
+def follow_energy(encoder: LatentEncoder) -> None:
+    """Let random weights follow a spectrum's energy instead of its phase, which tells recordings nothing.
+
+    The first activation gets each signal and its negative, and what comes next adds the two: a rectifier. That
+    level's shortcut and the other residual branches are small (before training, the published branches are zero).
+    """
+    down, first, *blocks = encoder.down_layers
+    half = down.c.out_channels // 2
+    with torch.no_grad():
+        down.c.weight[half:] = -down.c.weight[:half]
+        down.c.bias.zero_()
+        first.conv1.weight[:, half:] = first.conv1.weight[:, :half]
+        first.res_conv.weight.mul_(0.1)
+        for block in [*blocks, *encoder.bottleneck_layers]:
+            for name, parameter in block.named_parameters():
+                if name.startswith(("conv2.", "att.mha.out_proj.")):
+                    parameter.mul_(0.3)
+
+
 def write_music2latent(out: Path, fields: dict = LATENT_CONFIG) -> None:
     """Write `music2latent`: the encoder among a decoder's tensors, and the widths in a config.json."""
     folder = out / "music2latent"
     folder.mkdir(exist_ok=True)
     config = LatentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    encoder = LatentEncoder(config)
+    if fields:
+        follow_energy(encoder)
     decoder = nn.Conv1d(config.bottleneck_channels, config.bottleneck_base_channels, 1)
     tensors = {
-        **copied(LatentEncoder(config).state_dict(), "encoder."),
+        **copied(encoder.state_dict(), "encoder."),
         **copied(decoder.state_dict(), "decoder.conv_inp."),
         "conv_out.weight": torch.zeros(2, config.base_channels, 3, 3),
     }
