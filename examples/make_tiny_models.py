@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import nn
 from transformers import HubertConfig, HubertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 from transformers import Wav2Vec2ConformerConfig as ConformerConfig
+from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
 from embedding_models.latent import LatentConfig, LatentEncoder
@@ -318,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{args.out}: expected a folder to write into ({error.strerror})") from error
+    transformers_logging.disable_progress_bar()
     for number, write in enumerate(WRITERS):
         torch.manual_seed(args.seed * len(WRITERS) + number)
         write(args.out)
