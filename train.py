@@ -15,14 +15,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from text_to_audio.bank import AudioBank
 from text_to_audio.batching import (
     AudioVectors,
     CaptionSet,
     TokenCache,
     batches_per_epoch,
+    drop_sentences,
     micro_batches,
     padding_share,
     plan_epoch,
+    source_numbers,
 )
 from text_to_audio.checkpoints import (
     checkpoint_path,
@@ -35,8 +38,10 @@ from text_to_audio.checkpoints import (
 from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
 from text_to_audio.errors import UserError, run_script
 from text_to_audio.evaluation import Evaluator, by_subset
+from text_to_audio.gradient_caching import backward_by_part, backward_through_cache, seed_dropout
 from text_to_audio.logs import start_log
-from text_to_audio.losses import in_batch_loss
+from text_to_audio.losses import Temperature
+from text_to_audio.negatives import Candidates, contrastive_objective
 from text_to_audio.optimisation import (
     build_optimizer,
     build_schedule,
@@ -69,9 +74,11 @@ class Run:
     store: EmbeddingStore
     text_encoder: TextEncoder
     projection: ProjectionHead
+    temperature: Temperature
     captions: CaptionSet
     tokens: TokenCache
     vectors: AudioVectors
+    bank: AudioBank | None
     validation: Evaluator
     optimizer: AdamW
     schedule: LambdaLR
@@ -134,15 +141,17 @@ def prepare(config: TrainingConfig, log: Logger) -> Run:
     captions = CaptionSet.of(store.split("train"))
     tokens = TokenCache(text_encoder, captions.captions)
     vectors = AudioVectors(store, "train", config.audio_encoder)
+    bank = build_bank(config, store, vectors, projection) if config.audio_negatives == "bank" else None
+    temperature = Temperature(config.temperature, config.learn_temperature).to(config.torch_device)
     validation = Evaluator(text_encoder, store, "val", config)
     steps = config.epochs * batches_per_epoch(captions.caption_source, config.effective_batch_size)
-    optimizer = build_optimizer(config, text_encoder, projection)
+    optimizer = build_optimizer(config, text_encoder, projection, temperature)
     schedule = build_schedule(optimizer, warmup_length(config, steps), steps)
     # a fresh run hides the curves of an earlier one in the same folder
     writer = SummaryWriter(str(Path(config.log_dir) / config.audio_encoder), purge_step=0)
     return Run(
-        config, log, store, text_encoder, projection, captions, tokens, vectors, validation, optimizer, schedule,
-        writer, steps,
+        config, log, store, text_encoder, projection, temperature, captions, tokens, vectors, bank, validation,
+        optimizer, schedule, writer, steps,
     )  # fmt: skip
 
 
@@ -157,6 +166,14 @@ def build_projection(config: TrainingConfig, store: EmbeddingStore) -> Projectio
             f"prepare_dataset.py --verify names it"
         ) from error
     return head.to(config.torch_device)
+
+
+def build_bank(
+    config: TrainingConfig, store: EmbeddingStore, vectors: AudioVectors, projection: ProjectionHead
+) -> AudioBank:
+    """Every training recording in the standardised space, in the training's float type."""
+    dtype = torch.bfloat16 if config.bf16 else projection.mean.dtype
+    return AudioBank(vectors, source_numbers(store.split("train")), projection, dtype)
 
 
 def announce(run: Run) -> None:
@@ -180,6 +197,8 @@ def announce(run: Run) -> None:
         f"{config.epochs} epochs; warm-up {warmup} steps ({warmup / run.steps:.0%}); padding {share:.1%} of the "
         f"tokens; on {config.torch_device} in {'bf16' if config.bf16 else 'fp32'}"
     )
+    if run.bank:
+        log.info(f"bank: {len(run.bank)} recordings, {run.bank.nbytes / 1e9:.2f} GB, kept in: {run.bank.place}")
     log.info(f"validation: {len(run.validation.gallery.captions)} captions, {len(run.validation.gallery)} recordings")
     for warning in schedule_warnings(config, run.steps):
         log.warning(f"warning: {warning}")
@@ -198,7 +217,7 @@ def fit(run: Run) -> None:
         run.projection.train()
         plan = plan_epoch(run.captions.caption_source, config.effective_batch_size, config.seed, epoch)
         loss = train_epoch(run, plan, epoch)
-        scores = run.validation.measure(run.text_encoder, run.projection)
+        scores = run.validation.measure(run.text_encoder, run.projection, run.temperature().item())
         improved = save_epoch(run, epoch, scores)
         for name, value in scores.items():
             run.writer.add_scalar(f"val/{name}", value, run.step)
@@ -222,6 +241,7 @@ def train_epoch(run: Run, plan: list[np.ndarray], epoch: int) -> float:
         if run.step % LOG_EVERY == 0:
             log_step(run, batch, loss, start)
         run.optimizer.step()
+        run.temperature.keep_in_range()
         run.schedule.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
@@ -234,20 +254,26 @@ def train_epoch(run: Run, plan: list[np.ndarray], epoch: int) -> float:
 
 
 def train_step(run: Run, batch: np.ndarray) -> float:
-    """Gradients of one effective batch, one forward and backward pass per micro-batch; returns the loss.
+    """Gradients of one effective batch, a micro-batch of texts at a time; returns the loss.
 
-    The weight of a micro-batch is its share of the captions, so that the sum is the mean over the batch.
+    Where recordings are compared with the texts of their own micro-batch, each has a loss of its own; else there is
+    one loss over all texts, whose features are computed twice (gradient caching).
     """
-    config, total = run.config, 0.0
-    audio = run.projection.standardise_audio(run.vectors[run.captions.caption_audio[batch]])
-    for part in micro_batches(batch, run.tokens.lengths, config.batch_size):
-        text = run.projection.project_text(run.text_encoder.encode(*run.tokens.padded(batch[part])))
-        own = torch.from_numpy(part).to(audio.device)
-        loss = in_batch_loss(text, audio, own, config.audio_negatives, config.temperature, config.label_smoothing)
-        loss = loss * (len(part) / len(batch))
-        loss.backward()
-        total = total + loss.detach()
-    total = float(total)
+    config = run.config
+    tokens, captions = step_tokens(run, batch)
+    rows = run.captions.caption_audio[batch]
+    candidates = Candidates(run.projection.standardise_audio(run.vectors[rows]), rows, run.bank)
+    parts = list(micro_batches(captions, tokens.lengths, config.batch_size))
+
+    def embed(number: int) -> torch.Tensor:
+        seed_dropout(config.seed, run.step, number)
+        return run.projection.project_text(run.text_encoder.encode(*tokens.padded(captions[parts[number]])))
+
+    def loss_of(text: torch.Tensor, of: list[np.ndarray]) -> torch.Tensor:
+        return contrastive_objective(text, of, candidates, run.temperature(), config)
+
+    backward = backward_through_cache if config.text_negatives == "batch" else backward_by_part
+    total = float(backward(embed, loss_of, parts))
     if not math.isfinite(total):
         raise UserError(
             f"step {run.step + 1}: expected a finite loss, found {total}; lower --lr and --text-lr, or raise "
@@ -256,13 +282,23 @@ def train_step(run: Run, batch: np.ndarray) -> float:
     return total
 
 
+def step_tokens(run: Run, batch: np.ndarray) -> tuple[TokenCache, np.ndarray]:
+    """Tokens of a batch's captions and the captions' numbers in them; made anew where sentences are dropped."""
+    config = run.config
+    if not config.caption_dropout:
+        return run.tokens, batch
+    rng = np.random.default_rng((config.seed, run.step, 0, 1))
+    texts = [drop_sentences(run.captions.captions[i], config.caption_dropout, rng) for i in batch]
+    return TokenCache(run.text_encoder, texts), np.arange(len(batch))
+
+
 def log_step(run: Run, batch: np.ndarray, loss: float, start: float) -> None:
     """A TensorBoard point: loss, rates, temperature, gradient norms, padding, speed. Called before the step."""
     config, write = run.config, run.writer.add_scalar
     write("train/loss", loss, run.step)
     for group in run.optimizer.param_groups:
         write(f"learning_rate/{group['name']}", group["lr"], run.step)
-    write("train/temperature", config.temperature, run.step)
+    write("train/temperature", run.temperature().item(), run.step)
     for name, norm in gradient_norms(run.text_encoder, run.projection).items():
         write(f"gradient_norm/{name}", norm, run.step)
     lengths = run.tokens.lengths[batch]
@@ -274,7 +310,7 @@ def log_step(run: Run, batch: np.ndarray, loss: float, start: float) -> None:
 def save_epoch(run: Run, epoch: int, scores: dict[str, float]) -> bool:
     """Save the best checkpoints where this epoch is better, and the last; returns whether R@1 (or MRR) improved."""
     contents = model_state(run.config, run.text_encoder, run.projection)
-    contents |= {"epoch": epoch, "step": run.step, "metrics": scores}
+    contents |= {"epoch": epoch, "step": run.step, "metrics": scores, "log_temperature": run.temperature.log.item()}
     contents["audio_space"] = run.store.encoders[run.config.audio_encoder]
     r1 = scores["t2a_R@1"], scores["t2a_MRR"]
     improved = r1 > run.best.r1

@@ -20,7 +20,8 @@ def test_defaults_are_the_documented_ones():
         "lora_alpha": 32, "lora_dropout": 0.05, "patience": 5, "hidden_dim": 1024, "head_dropout": 0.1,
         "max_length": 192, "text_model": "Qwen/Qwen3-Embedding-4B", "checkpoint_dir": "checkpoints",
         "log_dir": "logs/tensorboard", "data_path": "data/musicbench_embeddings/embeddings.h5",
-        "audio_negatives": "batch", "text_negatives": "micro", "standardise": "zscore",
+        "audio_negatives": "batch", "text_negatives": "micro", "same_source": "mask", "learn_temperature": False,
+        "caption_dropout": 0, "baseline": False, "standardise": "zscore",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -44,7 +45,7 @@ def test_values_on_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "words", [["--audio-negatives", "bank"], ["--text-negatives", "batch"], ["--resume"], ["--lear", "1"]]
+    "words", [["--audio-negatives", "all"], ["--text-negatives", "bank"], ["--resume"], ["--lear", "1"]]
 )
 def test_what_does_not_exist_is_not_offered(words):
     with pytest.raises(SystemExit) as leaving:
@@ -86,11 +87,20 @@ def test_a_batch_of_one_compares_nothing():
     with pytest.raises(UserError, match="batch of 1"):
         parse("--batch-size", "1", "--audio-negatives", "micro")
     parse("--batch-size", "1")
+    parse("--batch-size", "1", "--audio-negatives", "micro", "--text-negatives", "batch")
+    parse("--batch-size", "1", "--gradient-accumulation-steps", "1", "--audio-negatives", "bank")
+
+
+def test_switches_and_the_bounds_of_a_learnt_temperature():
+    assert parse("--learn-temperature", "--baseline").learn_temperature
+    parse("--temperature", "2")
+    with pytest.raises(UserError, match=r"temperature to be from 0\.01 to 1 to be learnt, found 2\.0"):
+        parse("--temperature", "2", "--learn-temperature")
 
 
 def test_choices_are_checked_without_the_command_line_too():
-    config = TrainingConfig("muq", audio_negatives="bank", device="cpu")
-    with pytest.raises(UserError, match="audio_negatives to be one of micro, batch, found 'bank'"):
+    config = TrainingConfig("muq", audio_negatives="all", device="cpu")
+    with pytest.raises(UserError, match="audio_negatives to be one of micro, batch, bank, found 'all'"):
         config.check()
 
 

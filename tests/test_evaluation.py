@@ -111,7 +111,7 @@ def test_validation_loss_is_the_training_loss(setting, negatives):
             own_audio = audio[captions.caption_audio[batch]]
             loss = in_batch_loss(text[batch[part]], own_audio, torch.from_numpy(part), negatives, 0.07, 0.0)
             total += len(part) / len(captions) * loss.item()
-    assert gallery_loss(scores, captions, lengths, config) == pytest.approx(total, rel=1e-4)
+    assert gallery_loss(scores, evaluator.gallery, lengths, config, 0.07) == pytest.approx(total, rel=1e-4)
 
 
 def test_scores_that_are_not_finite(setting):

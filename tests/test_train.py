@@ -65,7 +65,7 @@ def test_everything_a_run_leaves(parts, workplace, model):
     summary = json.loads(Path("checkpoints/training_summary.json").read_text())["latent"]
     best = torch.load("checkpoints/latent_best_r1.pt", weights_only=True)
     weights = {"text_encoder_state_dict", "projection_state_dict"}
-    assert set(best) == weights | {"config", "epoch", "step", "metrics", "audio_space"}
+    assert set(best) == weights | {"config", "epoch", "step", "metrics", "audio_space", "log_temperature"}
     for key in ("t2a_R@1", "t2a_R@5", "t2a_R@10", "t2a_MRR", "t2a_median_rank", "a2t_R@1", "A/t2a_R@1", "B/a2t_MRR"):
         assert key in summary
     assert summary["gallery"] == 5

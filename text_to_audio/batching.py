@@ -1,5 +1,6 @@
 """Which captions meet in a batch, their cached tokens, and the audio vectors that go with them."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class AudioVectors:
         """Width of the space."""
         return self._vectors.shape[1]
 
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`, unchecked: one that is not finite makes the space's statistics so."""
+        return torch.from_numpy(np.array(self._vectors[start:stop]))
+
     def __getitem__(self, rows: np.ndarray) -> Tensor:
         order = np.argsort(rows, kind="stable")  # the file is read front to back
         found = np.empty((len(rows), self.dim), self._vectors.dtype)
@@ -69,6 +74,20 @@ class TokenCache:
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
+def source_numbers(split: Split) -> np.ndarray:
+    """A number per source, (N,) for the split's recordings."""
+    _, source = np.unique(np.array(split.source_id, dtype=object).astype(str), return_inverse=True)
+    return source.reshape(-1)
+
+
+def drop_sentences(caption: str, probability: float, rng: np.random.Generator) -> str:
+    """The caption without the sentences that chance leaves out, each with this probability; one always stays."""
+    sentences = re.split(r"(?<=[.!?])\s+", caption.strip())
+    kept = rng.random(len(sentences)) >= probability
+    kept[rng.integers(len(sentences))] |= not kept.any()
+    return " ".join(sentence for sentence, keep in zip(sentences, kept, strict=True) if keep)
+
+
 @dataclass(frozen=True)
 class CaptionSet:
     """The captions of a split that are used: C captions of recordings of sources.
@@ -83,8 +102,7 @@ class CaptionSet:
     @classmethod
     def of(cls, split: Split) -> "CaptionSet":
         """Every caption of a split, in its order."""
-        _, source = np.unique(np.array(split.source_id, dtype=object).astype(str), return_inverse=True)
-        return cls(split.caption, split.caption_audio, source.reshape(-1)[split.caption_audio])
+        return cls(split.caption, split.caption_audio, source_numbers(split)[split.caption_audio])
 
     def __len__(self) -> int:
         return len(self.captions)

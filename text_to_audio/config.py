@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin
 import torch
 
 from text_to_audio.errors import UserError
+from text_to_audio.losses import Temperature
 
 
 @dataclass
@@ -72,14 +73,24 @@ class TrainingConfig:
     """optimizer steps of linear warm-up; the rest is a cosine to 0. Longer than the run: 10 %% of the steps"""
     temperature: float = 0.07
     """InfoNCE temperature"""
+    learn_temperature: bool = False
+    """learn the temperature from there on, by its logarithm, between 0.01 and 1, at the head's rate"""
     label_smoothing: float = 0.0
     """share of the target probability spread over all candidates"""
-    audio_negatives: Literal["micro", "batch"] = "batch"
-    """recordings a text is compared with: its own forward pass's, or the whole effective batch's"""
-    text_negatives: Literal["micro"] = "micro"
-    """texts a recording is compared with: its own forward pass's"""
+    audio_negatives: Literal["micro", "batch", "bank"] = "batch"
+    """recordings a text is compared with: its own forward pass's, the whole effective batch's, or all that are
+    trained on"""
+    text_negatives: Literal["micro", "batch"] = "micro"
+    """texts a recording is compared with: its own forward pass's, or the whole effective batch's, for which each text
+    is run twice (gradient caching)"""
+    same_source: Literal["mask", "positive"] = "mask"
+    """other recordings of a text's source in the bank: left out, or right answers too. A batch has none"""
+    caption_dropout: float = 0.0
+    """probability with which each sentence of a caption is left out, anew every time; one always stays"""
     patience: int = 5
     """epochs without a better validation t2a_R@1 before the run stops"""
+    baseline: bool = False
+    """before training, fit a ridge regression from the frozen text encoder and print its test metrics"""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """arithmetic of the text encoder; auto: bf16 on CUDA, fp32 elsewhere. LoRA and the head are always float32"""
@@ -147,7 +158,7 @@ _RANGES = {
     "at least 8": (lambda value: value >= 8, "max_length"),
     "more than 0": (lambda value: 0 < value < float("inf"), "lr temperature lora_alpha"),
     "0 or more": (lambda value: 0 <= value < float("inf"), "text_lr weight_decay warmup_steps seed"),
-    "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing"),
+    "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing caption_dropout"),
     "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),
 }
 
@@ -160,9 +171,13 @@ def _range_faults(config: TrainingConfig) -> list[str]:
         if not test(getattr(config, name))
     ]
     # a text compared with its own recording alone has a loss of 0
-    compared = config.batch_size if config.audio_negatives == "micro" else config.effective_batch_size
-    if compared == 1:
+    micro = config.audio_negatives == config.text_negatives == "micro"
+    compared = config.batch_size if micro else config.effective_batch_size
+    if compared == 1 and config.audio_negatives != "bank":
         faults.append("expected at least 2 captions to compare, found a batch of 1")
+    low, high = Temperature.RANGE
+    if config.learn_temperature and not low <= config.temperature <= high:
+        faults.append(f"expected temperature to be from {low:g} to {high:g} to be learnt, found {config.temperature!r}")
     return faults
 
 
@@ -203,6 +218,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + each.name.replace("_", "-")
         if each.name == "audio_encoder":
             parser.add_argument(flag, required=True, metavar="NAME", help=texts[each.name])
+            continue
+        if each.type is bool:
+            parser.add_argument(flag, action="store_true", default=each.default, help=texts[each.name])
             continue
         options = (
             {"choices": get_args(each.type)}

@@ -7,10 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from text_to_audio.batching import AudioVectors, CaptionSet, TokenCache, micro_batches, plan_epoch
+from text_to_audio.batching import (
+    AudioVectors,
+    CaptionSet,
+    TokenCache,
+    micro_batches,
+    plan_epoch,
+    source_numbers,
+)
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
-from text_to_audio.losses import symmetric_loss
+from text_to_audio.losses import audio_to_text_loss, contrastive_loss, symmetric_loss
 from text_to_audio.metrics import retrieval_metrics
 from text_to_audio.store import EmbeddingStore, Split
 from text_to_audio.text_model import ProjectionHead, TextEncoder
@@ -22,11 +29,13 @@ _TILE_ELEMENTS = 1 << 25  # float32 elements of text or audio in hand at once: 1
 class Gallery:
     """Recordings to be found and the captions that ask for them.
 
-    rows: (N,) rows of the recordings in their split. captions: C captions, whose `caption_audio` counts within
-    `rows`; no text stands twice for one recording. subsets: name -> (n,) captions that are also reported alone.
+    rows: (N,) rows of the recordings in their split. source: (N,) a number per source. captions: C captions, whose
+    `caption_audio` counts within `rows`; no text stands twice for one recording. subsets: name -> (n,) captions that
+    are also reported alone.
     """
 
     rows: np.ndarray
+    source: np.ndarray
     captions: CaptionSet
     subsets: dict[str, np.ndarray]
 
@@ -45,10 +54,10 @@ def make_gallery(split: Split, one_per_source: bool) -> Gallery:
         subset, slash, _ = kept.caption_kind[i].partition("/")
         if slash:
             members.setdefault(subset, []).append(number)
-    _, source = np.unique(np.array(kept.source_id), return_inverse=True)
+    source = source_numbers(kept)
     audio = np.array([audio for audio, _ in first], np.int64)
     captions = CaptionSet([text for _, text in first], audio, source[audio])
-    return Gallery(rows, captions, {name: np.unique(members[name]) for name in sorted(members)})
+    return Gallery(rows, source, captions, {name: np.unique(members[name]) for name in sorted(members)})
 
 
 def _one_per_source(split: Split) -> np.ndarray:
@@ -111,20 +120,32 @@ def gallery_metrics(scores: Tensor, gallery: Gallery) -> dict[str, float]:
     return metrics
 
 
-def gallery_loss(scores: Tensor, captions: CaptionSet, lengths: np.ndarray, config: TrainingConfig) -> float:
+def gallery_loss(
+    scores: Tensor, gallery: Gallery, lengths: np.ndarray, config: TrainingConfig, temperature: float
+) -> float:
     """The training loss over the gallery's captions in batches that are the same at every call.
 
-    It is taken from the scores that the metrics need anyway, so that no text is run twice.
+    It is taken from the scores that the metrics need anyway, so that no text is run twice. The bank of training is
+    here the gallery.
     """
-    total = 0.0
+    captions = gallery.captions
+    audio, smoothing, total = captions.caption_audio, config.label_smoothing, 0.0
     for batch in plan_epoch(captions.caption_source, config.effective_batch_size, seed=0, epoch=0):
-        similarity = scores[batch][:, captions.caption_audio[batch]]
-        for part in micro_batches(batch, lengths, config.batch_size):
-            target, own = torch.from_numpy(part), similarity[part]
-            if config.audio_negatives == "micro":
-                target, own = torch.arange(len(part)), own[:, part]
-            loss = symmetric_loss(own, target, config.temperature, config.label_smoothing)
-            total += len(part) * loss.item()
+        parts = list(micro_batches(batch, lengths, config.batch_size))
+        for group in [parts] if config.text_negatives == "batch" else [[part] for part in parts]:
+            texts = batch[np.concatenate(group)]
+            own = torch.from_numpy(audio[texts])
+            if config.audio_negatives == "bank":
+                same = torch.from_numpy(captions.caption_source[texts][:, None] == gallery.source)
+                t2a = contrastive_loss(scores[texts], own, temperature, smoothing, same, config.same_source)
+                loss = (t2a + audio_to_text_loss(scores[texts], own, temperature, smoothing)) / 2
+            elif config.audio_negatives == "batch":
+                target = torch.from_numpy(np.concatenate(group))
+                loss = symmetric_loss(scores[texts][:, audio[batch]], target, temperature, smoothing)
+            else:
+                sizes = [len(part) for part in group]
+                loss = symmetric_loss(scores[texts][:, own], torch.arange(len(own)), temperature, smoothing, sizes)
+            total += len(texts) * loss.item()
     return total / len(captions)
 
 
@@ -148,11 +169,17 @@ class Evaluator:
         projection.train(training[1])
         return scores
 
-    def measure(self, text_encoder: TextEncoder, projection: ProjectionHead) -> dict[str, float]:
-        """The metrics of the split, and "loss", the training loss over fixed batches."""
+    def measure(
+        self, text_encoder: TextEncoder, projection: ProjectionHead, temperature: float | None = None
+    ) -> dict[str, float]:
+        """The metrics of the split, and "loss", the training loss over fixed batches.
+
+        temperature: where it is learnt, what it is by now; None is the config's.
+        """
         scores = self.scores(text_encoder, projection)
         metrics = gallery_metrics(scores, self.gallery)
-        loss = gallery_loss(scores, self.gallery.captions, self.tokens.lengths, self.config)
+        temperature = temperature or self.config.temperature
+        loss = gallery_loss(scores, self.gallery, self.tokens.lengths, self.config, temperature)
         return {**metrics, "loss": loss}
 
 

@@ -1,5 +1,6 @@
 """A trained checkpoint at work: texts to vectors in its audio space."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from text_to_audio.text_model import ProjectionHead, TextEncoder
 def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[TextEncoder, ProjectionHead, TrainingConfig]:
     """Text encoder and head of a checkpoint, on `device` and in evaluation mode, and its config.
 
+    A temperature that was learnt stands in the config as it was learnt.
     Raises `UserError` where the file is missing or no checkpoint, or its text model cannot be loaded.
     """
     path = Path(path)
@@ -22,6 +24,8 @@ def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[TextEncoder
     text_encoder = TextEncoder(config)
     projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
     restore_weights(path, contents, text_encoder, projection)
+    if config.learn_temperature:
+        config.temperature = math.exp(contents["log_temperature"])
     return text_encoder.eval(), projection.to(config.torch_device).eval(), config
 
 

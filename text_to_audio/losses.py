@@ -1,8 +1,10 @@
-"""InfoNCE on matrices of cosines, as pure tensor functions."""
+"""InfoNCE on matrices of cosines, as pure tensor functions, and its temperature."""
+
+import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def contrastive_loss(
@@ -41,28 +43,86 @@ def contrastive_loss(
 
 
 def symmetric_loss(
-    similarity: Tensor, target: Tensor, temperature: float | Tensor, label_smoothing: float = 0.0
+    similarity: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    label_smoothing: float = 0.0,
+    sizes: list[int] | None = None,
 ) -> Tensor:
     """Mean of both directions for texts against recordings, where the recordings may outnumber the texts.
 
     similarity: (texts, recordings). Text -> audio compares each text with every column; audio -> text compares
     the texts' own recordings, columns `target`, with the texts. With as many columns as rows this is CLIP's loss.
+    sizes: texts in each of the consecutive groups into which text -> audio is cut; a text then sees the recordings
+    of its own group's texts and no others.
     """
-    text_to_audio = contrastive_loss(similarity, target, temperature, label_smoothing)
-    own = torch.arange(len(target), device=target.device)
-    audio_to_text = contrastive_loss(similarity[:, target].T, own, temperature, label_smoothing)
-    return (text_to_audio + audio_to_text) / 2
+    if sizes is None:
+        text_to_audio = contrastive_loss(similarity, target, temperature, label_smoothing)
+    else:
+        text_to_audio = _loss_in_groups(similarity[:, target], sizes, temperature, label_smoothing)
+    return (text_to_audio + audio_to_text_loss(similarity, target, temperature, label_smoothing)) / 2
+
+
+def audio_to_text_loss(
+    similarity: Tensor, target: Tensor, temperature: float | Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean InfoNCE of the texts' own recordings against the texts.
+
+    similarity: (texts, recordings). target: (texts,) the column of each text's recording.
+    """
+    own = torch.arange(len(target), device=similarity.device)
+    return contrastive_loss(similarity[:, target].T, own, temperature, label_smoothing)
+
+
+def _loss_in_groups(similarity: Tensor, sizes: list[int], temperature: float | Tensor, label_smoothing: float):
+    """Mean InfoNCE over texts of which each sees the columns of its own group: (texts, their recordings)."""
+    total, start = 0.0, 0
+    for size in sizes:
+        group = similarity[start : start + size, start : start + size]
+        own = torch.arange(size, device=similarity.device)
+        total = total + size * contrastive_loss(group, own, temperature, label_smoothing)
+        start += size
+    return total / start
 
 
 def in_batch_loss(
-    text: Tensor, audio: Tensor, own: Tensor, audio_negatives: str, temperature: float, label_smoothing: float
+    text: Tensor,
+    audio: Tensor,
+    own: Tensor,
+    audio_negatives: str,
+    temperature: float | Tensor,
+    label_smoothing: float,
+    sizes: list[int] | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE of one forward pass's texts.
+    """Symmetric InfoNCE of texts against recordings of their effective batch.
 
     text: (texts, dim) unit vectors. audio: (recordings, dim) unit vectors of the whole effective batch. own: (texts,)
-    row of each text's recording. audio_negatives "batch": every text sees all of them; "micro": only the recordings
-    of this forward pass.
+    row of each text's recording. audio_negatives "batch": every text sees all of them; "micro": only those of its
+    micro-batch. sizes: texts of each micro-batch, one after the other; None: all are of one.
     """
-    if audio_negatives == "micro":
-        audio, own = audio[own], torch.arange(len(own), device=own.device)
-    return symmetric_loss(text @ audio.T, own, temperature, label_smoothing)
+    if audio_negatives == "batch":
+        return symmetric_loss(text @ audio.T, own, temperature, label_smoothing)
+    target = torch.arange(len(own), device=own.device)
+    return symmetric_loss(text @ audio[own].T, target, temperature, label_smoothing, sizes)
+
+
+class Temperature(nn.Module):
+    """The InfoNCE temperature: fixed, or learnt by its logarithm as in CLIP (Radford et al. 2021).
+
+    Called without arguments it returns the temperature, a tensor of no dimensions. CLIP's bounds: 0.01 and 1.
+    """
+
+    RANGE = (0.01, 1.0)
+
+    def __init__(self, start: float, learnt: bool):
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learnt)
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Put a learnt temperature back between the bounds; call it after each optimizer step."""
+        if self.log.requires_grad:
+            self.log.clamp_(*(math.log(bound) for bound in self.RANGE))

@@ -15,10 +15,18 @@ from text_to_audio.config import TrainingConfig
 ENOUGH = {"lr": 0.05, "text_lr": 0.005}
 
 
-def build_optimizer(config: TrainingConfig, text_encoder: nn.Module, projection: nn.Module) -> AdamW:
-    """AdamW over head and LoRA with their own rates; vectors (biases, norms) are not decayed."""
+def build_optimizer(
+    config: TrainingConfig, text_encoder: nn.Module, projection: nn.Module, temperature: nn.Module | None = None
+) -> AdamW:
+    """AdamW over head and LoRA with their own rates; vectors (biases, norms) are not decayed.
+
+    A temperature that is learnt has the head's rate.
+    """
     groups = []
-    for name, module, rate in (("head", projection, config.lr), ("lora", text_encoder, config.text_lr)):
+    modules = [("head", projection, config.lr), ("lora", text_encoder, config.text_lr)]
+    if temperature is not None:
+        modules.append(("temperature", temperature, config.lr))
+    for name, module, rate in modules:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for decay in (True, False):
             chosen = [parameter for parameter in trained if (parameter.ndim > 1) == decay]

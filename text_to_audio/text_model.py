@@ -89,7 +89,8 @@ class TextEncoder(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         pool = last_token_pool if self.pooling == "last" else mean_pool
-        return F.normalize(pool(hidden.float(), mask), dim=-1)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a bf16 base is pooled in float32
+        return F.normalize(pool(hidden, mask), dim=-1)
 
     def forward(self, texts: list[str]) -> Tensor:
         """Sentence embeddings of texts: (batch, dim) float32 on the encoder's device, unit length."""
@@ -209,8 +210,8 @@ class ProjectionHead(nn.Module):
     """Linear - GELU - Dropout - Linear from a sentence embedding into an audio space.
 
     Holds the space's mean and standard deviation (0 and 1 until `set_statistics`), so that text and audio vectors
-    meet in the standardised space. Inputs may be on any device and of any float type; outputs are float32 on the
-    head's device.
+    meet in the standardised space. Inputs may be on any device and of any float type; outputs are on the head's
+    device and of its type, float32.
     """
 
     def __init__(self, text_dim: int, hidden_dim: int, audio_dim: int, dropout: float = 0.1):
@@ -237,13 +238,13 @@ class ProjectionHead(nn.Module):
 
     def project_text(self, text: Tensor) -> Tensor:
         """Sentence embeddings (batch, text_dim) -> unit vectors (batch, audio_dim) in the standardised space."""
-        text = text.to(self.mean.device, torch.float32)
+        text = text.to(self.mean)
         # models differ in the length of what they return; at unit mean square the first layer's scale fits them all
         return F.normalize(self.layers(F.rms_norm(text, (self.text_dim,))), dim=-1)
 
     def standardise_audio(self, audio: Tensor) -> Tensor:
         """Stored audio vectors (batch, audio_dim) -> unit vectors (batch, audio_dim) in the standardised space."""
-        audio = audio.to(self.mean.device, torch.float32)
+        audio = audio.to(self.mean)
         return F.normalize((audio - self.mean) / self.std, dim=-1)
 
     def forward(self, text: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
