@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from text_to_audio.bank import AudioBank
+from text_to_audio.baseline import ridge_metrics
 from text_to_audio.batching import (
     AudioVectors,
     CaptionSet,
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(Path(folder))
     run = prepare(config, log)
     announce(run)
+    if config.baseline:
+        report_baseline(run)
     fit(run)
     measure_best(run)
     run.writer.close()
@@ -207,6 +210,16 @@ def announce(run: Run) -> None:
             f"warning: batches hold {np.mean(sizes):.0f} captions instead of {config.effective_batch_size}, since "
             f"a batch has one caption of a source, and the sources are few or one has very many"
         )
+
+
+def report_baseline(run: Run) -> None:
+    """Print the test metrics of a ridge regression from the frozen text encoder, beside chance."""
+    test = Evaluator(run.text_encoder, run.store, "test", run.config)
+    metrics, penalty = ridge_metrics(
+        run.text_encoder, run.projection, run.captions, run.tokens, run.vectors, run.validation, test
+    )
+    rows = by_subset({**metrics, "gallery": len(test.gallery)}, f"{run.config.audio_encoder} ridge")
+    run.log.info(f"ridge regression from frozen text, test split, penalty {penalty:g}\n{table_with_chance(rows)}")
 
 
 def fit(run: Run) -> None:

@@ -1,0 +1,141 @@
+"""The settings of the objective in whole runs of train.py."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_header, make_splits, make_vectors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_text_models import make_bert
+
+import train
+from text_to_audio.batching import drop_sentences
+from text_to_audio.evaluation import gallery_loss
+from text_to_audio.inference import load_checkpoint
+from text_to_audio.losses import Temperature, contrastive_loss
+from text_to_audio.store_writing import write_store
+
+QUICK = "--epochs 2 --batch-size 4 --gradient-accumulation-steps 2 --hidden-dim 32 --lr 1e-2 --text-lr 1e-3"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("objective")
+    header, splits = make_header(), make_splits((20, 6, 6))
+    splits["train"].source_id = [f"source-{row // 2}" for row in range(20)]
+    splits["test"].source_id = [f"other-{row // 2}" for row in range(6)]
+    splits["train"].caption = [f"A calm song {i}. A piano {i}! Is it fast? It is slow {i}" for i in range(40)]
+    write_store(folder / "embeddings.h5", header, splits, make_vectors(header, splits))
+    make_bert(folder / "bert")
+    return folder
+
+
+@pytest.fixture
+def start(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fixed = ["--audio-encoder", "muq", "--data-path", str(parts / "embeddings.h5"), "--device", "cpu"]
+    return lambda *words: [*fixed, "--text-model", str(parts / "bert"), *QUICK.split(), *words]
+
+
+def prepared(words):
+    return train.prepare(
+        train.config_from_arguments(train.build_parser().parse_args(words)), train.start_log("t", "t.log")
+    )
+
+
+def test_a_learnt_temperature_moves_is_kept_and_comes_back(start):
+    words = start("--learn-temperature", "--text-negatives", "batch", "--audio-negatives", "bank", "--epochs", "3")
+    train.main([*words, "--baseline"])
+    log = Path("train.log").read_text()
+    assert "bank: 20 recordings, 0.00 GB, kept in: device" in log
+    assert "muq ridge" in log
+    assert log.count("chance of 6") == 2
+    events = EventAccumulator("logs/tensorboard/muq")
+    events.Reload()
+    assert "learning_rate/temperature" in events.Tags()["scalars"]
+    last = torch.load("checkpoints/muq_last.pt", weights_only=True)
+    learnt = math.exp(last["log_temperature"])
+    assert abs(learnt / 0.07 - 1) > 0.01
+    encoder, head, config = load_checkpoint("checkpoints/muq_last.pt", "cpu")
+    assert config.temperature == learnt
+    assert last["config"]["temperature"] == 0.07
+    run = prepared(words)
+    (group,) = [group for group in run.optimizer.param_groups if group["name"] == "temperature"]
+    assert (group["weight_decay"], group["lr"] > 0, len(group["params"])) == (0, True, 1)
+    measured = train.Evaluator(encoder, run.store, "val", config).measure(encoder, head)["loss"]
+    assert measured == pytest.approx(last["metrics"]["loss"], rel=1e-5)  # at the learnt temperature
+
+
+def test_a_fixed_temperature_stays(start):
+    train.main(start())
+    last = torch.load("checkpoints/muq_last.pt", weights_only=True)
+    assert math.exp(last["log_temperature"]) == pytest.approx(0.07, rel=1e-6)
+    assert load_checkpoint("checkpoints/muq_last.pt", "cpu")[2].temperature == 0.07
+
+
+def test_the_bounds_of_a_learnt_temperature():
+    for value, expected in ((1e-4, 0.01), (7.0, 1.0), (0.3, 0.3)):
+        temperature = Temperature(value, learnt=True)
+        temperature.keep_in_range()
+        assert temperature().item() == pytest.approx(expected)
+    fixed = Temperature(7.0, learnt=False)
+    fixed.keep_in_range()
+    assert fixed().item() == pytest.approx(7.0)
+
+
+def test_sentences_are_dropped_one_by_one():
+    caption = "A calm song at 120.5 bpm. It has a piano!  Is it slow? Yes"
+    sentences = ["A calm song at 120.5 bpm.", "It has a piano!", "Is it slow?", "Yes"]
+    rng = np.random.default_rng(0)
+    assert drop_sentences(caption, 0.0, rng) == " ".join(sentences)
+    counts, lengths = np.zeros(4), []
+    for _ in range(2000):
+        found = drop_sentences(caption, 0.5, rng)
+        kept = [sentence for sentence in sentences if sentence in found]
+        assert found == " ".join(kept)
+        counts += [sentence in kept for sentence in sentences]
+        lengths.append(len(kept))
+    assert min(lengths) == 1
+    expected = 0.5 + 0.5**4 / 4  # where all would go, one of them stays
+    assert np.abs(counts / 2000 - expected).max() < 0.05
+    assert {drop_sentences("one. two.", 0.99, rng) for _ in range(200)} == {"one.", "two."}
+    assert drop_sentences("no sentence", 0.99, rng) == "no sentence"
+
+
+def test_caption_dropout_shortens_what_is_trained_on_anew_each_step(start):
+    run = prepared(start("--caption-dropout", "0.5"))
+    batch = np.arange(0, 40, 4)
+    tokens, captions = train.step_tokens(run, batch)
+    assert len(captions) == len(batch)
+    assert (tokens.lengths <= run.tokens.lengths[batch]).all()
+    assert tokens.lengths.sum() < run.tokens.lengths[batch].sum()
+    assert np.array_equal(train.step_tokens(run, batch)[0].lengths, tokens.lengths)  # of this step
+    run.step += 1
+    assert not np.array_equal(train.step_tokens(run, batch)[0].lengths, tokens.lengths)
+    assert math.isfinite(train.train_step(run, batch))
+    assert train.step_tokens(prepared(start()), batch)[1] is batch
+
+
+@pytest.mark.parametrize("same_source", ["mask", "positive"])
+@pytest.mark.parametrize("text_negatives", ["micro", "batch"])
+@pytest.mark.parametrize("audio_negatives", ["micro", "batch", "bank"])
+def test_validation_loss_follows_the_settings(start, audio_negatives, text_negatives, same_source):
+    run = prepared(start("--audio-negatives", audio_negatives, "--text-negatives", text_negatives,
+                         "--same-source", same_source, "--label-smoothing", "0.1"))  # fmt: skip
+    config, test = run.config, train.Evaluator(run.text_encoder, run.store, "test", run.config)
+    scores, gallery, lengths = test.scores(run.text_encoder, run.projection), test.gallery, test.tokens.lengths
+    audio, total = gallery.captions.caption_audio, 0.0
+    for batch in train.plan_epoch(gallery.captions.caption_source, 8, 0, 0):
+        for i in range(len(batch)):
+            (part,) = [p for p in train.micro_batches(batch, lengths, 4) if i in p]
+            texts = batch if text_negatives == "batch" else batch[part]
+            seen = {"micro": audio[batch[part]], "batch": audio[batch], "bank": np.arange(6)}[audio_negatives]
+            own = int(np.flatnonzero(seen == audio[batch[i]])[0])
+            same = torch.from_numpy(seen // 2 == audio[batch[i]] // 2)[None] if audio_negatives == "bank" else None
+            t2a = contrastive_loss(scores[batch[i]][None, seen], torch.tensor([own]), 0.05, 0.1, same, same_source)
+            answer = torch.tensor([int(np.flatnonzero(texts == batch[i])[0])])
+            a2t = contrastive_loss(scores[texts, audio[batch[i]]][None], answer, 0.05, 0.1)
+            total += (t2a + a2t).item() / 2
+    assert gallery_loss(scores, gallery, lengths, config, 0.05) == pytest.approx(total / 12, rel=1e-5)
