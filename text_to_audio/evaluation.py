@@ -157,6 +157,9 @@ class Evaluator:
         self.gallery = split_gallery(store, split)
         self.tokens = TokenCache(text_encoder, self.gallery.captions.captions)
         self.vectors = AudioVectors(store, split, config.audio_encoder)
+        audio_id = store.split(split).audio_id
+        self.audio_id = [audio_id[row] for row in self.gallery.rows]
+        self.latest: Tensor | None = None  # the scores of the last `measure`, for whoever shows examples of them
 
     def scores(self, text_encoder: TextEncoder, projection: ProjectionHead) -> Tensor:
         """Cosines (captions, recordings) in evaluation mode; the modes are put back."""
@@ -176,7 +179,7 @@ class Evaluator:
 
         temperature: where it is learnt, what it is by now; None is the config's.
         """
-        scores = self.scores(text_encoder, projection)
+        self.latest = scores = self.scores(text_encoder, projection)
         metrics = gallery_metrics(scores, self.gallery)
         temperature = temperature or self.config.temperature
         loss = gallery_loss(scores, self.gallery, self.tokens.lengths, self.config, temperature)
