@@ -4,6 +4,7 @@ import json
 import re
 import tarfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import librosa
@@ -17,7 +18,7 @@ from examples.demo_instruments import SAMPLE_RATE
 from examples.demo_music import MOODS, PITCHES, SCALES, STYLES, Piece, draw_piece, render
 from text_to_audio.errors import UserError
 
-ABSENT_WORDS = ("lullaby", "soothing", "haunted", "arcade", "nightclub", "headbanging", "wedding", "parade", "pirate")
+ABSENT_WORDS = ("lullaby", "soothing", "haunted", "arcade", "nightclub", "spooky", "soldiers", "headbanging", "parade")
 
 
 def piece(**changes) -> Piece:
@@ -28,9 +29,10 @@ def piece(**changes) -> Piece:
     return replace(base, **changes)
 
 
-def drawn(count: int, seed: int = 3) -> list[Piece]:
+@cache
+def drawn(count: int, seed: int = 3) -> tuple[Piece, ...]:
     rng = np.random.default_rng(seed)
-    return [draw_piece(rng) for _ in range(count)]
+    return tuple(draw_piece(rng) for _ in range(count))
 
 
 def onset_strength_at(sound: np.ndarray, bpm: float) -> float:
@@ -83,7 +85,7 @@ def test_every_note_is_in_the_key():
 @pytest.mark.parametrize("style", sorted(name for name, style in STYLES.items() if style.drums != (None,)))
 def test_drums_are_heard(style):
     kit = next(d for d in STYLES[style].drums if d)
-    p = next(p for p in drawn(4000) if p.style == style and p.bpm)
+    p = next(p for p in drawn(600) if p.style == style and p.bpm)
     p = replace(p, production="clean", mood="happy", drums=kit)
     p = replace(p, lead="flute")  # a lead without hard onsets of its own
     shares = []
