@@ -50,6 +50,8 @@ from text_to_audio.optimisation import (
     schedule_warnings,
     warmup_length,
 )
+from text_to_audio.report import write_report
+from text_to_audio.reporting import log_results, log_validation
 from text_to_audio.store import SPLITS, EmbeddingStore
 from text_to_audio.summary import table_with_chance, update_summary
 from text_to_audio.text_model import ProjectionHead, TextEncoder
@@ -232,8 +234,7 @@ def fit(run: Run) -> None:
         loss = train_epoch(run, plan, epoch)
         scores = run.validation.measure(run.text_encoder, run.projection, run.temperature().item())
         improved = save_epoch(run, epoch, scores)
-        for name, value in scores.items():
-            run.writer.add_scalar(f"val/{name}", value, run.step)
+        log_validation(run.writer, run.validation, scores, run.step)
         run.log.info(
             f"epoch {epoch}/{config.epochs}: train loss {loss:.4f}, val loss {scores['loss']:.4f}, "
             f"val R@1 {scores['t2a_R@1']:.2f}, R@10 {scores['t2a_R@10']:.2f}, MRR {scores['t2a_MRR']:.4f}"
@@ -349,13 +350,13 @@ def measure_best(run: Run) -> dict[str, float]:
     restore_weights(path, read_checkpoint(path), run.text_encoder, run.projection)
     test = Evaluator(run.text_encoder, run.store, "test", run.config)
     metrics = test.measure(run.text_encoder, run.projection)
-    for name, value in metrics.items():
-        run.writer.add_scalar(f"test/{name}", value, run.step)
+    log_results(run.writer, run.config, metrics, run.step)
     entry = {**metrics, "gallery": len(test.gallery), "epoch": run.best.r1_epoch}
     summary = update_summary(Path(run.config.checkpoint_dir), run.config.audio_encoder, entry)
     rows = by_subset({**metrics, "gallery": len(test.gallery)}, run.config.audio_encoder)
     run.log.info(f"text -> audio on the test split, epoch {run.best.r1_epoch}\n{table_with_chance(rows)}")
-    run.log.info(f"written: {path.parent}/{run.config.audio_encoder}_*.pt, {summary}")
+    report = write_report(path, run.config, run.store.header, run.best.r1_epoch, test, metrics)
+    run.log.info(f"written: {path.parent}/{run.config.audio_encoder}_*.pt, {summary}, {report}")
     return metrics
 
 

@@ -61,7 +61,13 @@ def scalars(encoder):
 def test_everything_a_run_leaves(parts, workplace, model):
     train.main(arguments(parts, model=model))
     names = sorted(path.name for path in Path("checkpoints").iterdir())
-    assert names == ["latent_best_loss.pt", "latent_best_r1.pt", "latent_last.pt", "training_summary.json"]
+    assert names == [
+        "latent_best_loss.pt",
+        "latent_best_r1.pt",
+        "latent_last.pt",
+        "latent_report.html",
+        "training_summary.json",
+    ]
     summary = json.loads(Path("checkpoints/training_summary.json").read_text())["latent"]
     best = torch.load("checkpoints/latent_best_r1.pt", weights_only=True)
     weights = {"text_encoder_state_dict", "projection_state_dict"}
