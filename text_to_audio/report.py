@@ -115,6 +115,9 @@ def _rank_chart(evaluator: Evaluator) -> str:
 
 def _similarity_chart(evaluator: Evaluator) -> str:
     edges, positive, negative = similarity_counts(evaluator.latest, evaluator.gallery, bins=40)
+    held = np.flatnonzero((positive + negative).numpy())
+    shown = slice(held[0], held[-1] + 1)  # the bins between the lowest and the highest cosine
+    edges, positive, negative = edges[shown.start : shown.stop + 1], positive[shown], negative[shown]
     shares = [(100 * counts / counts.sum().clamp_min(1)).tolist() for counts in (positive, negative)]
     labels = [f"{edge:.2f}" for edge in edges[:-1].tolist()]
     series = dict(zip(("own recording", "others"), shares, strict=True))
