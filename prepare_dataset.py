@@ -301,7 +301,7 @@ def closing_table(target: Path, seconds: StageSeconds, started: float, log: Logg
     reasons = sorted(Counter(reason for _, reason in store.skipped()).items())
     log.info("skipped  %s", ", ".join(f"{reason}: {count:,}" for reason, count in reasons) or "none")
     widths = ", ".join(f"{name} {entry['dim']:,}" for name, entry in store.encoders.items())
-    log.info("file     %s, %.3f GB, %s: %s", target, target.stat().st_size / 1e9, store.header.dtype, widths)
+    log.info("file     %s, %s MB, %s: %s", target, f"{target.stat().st_size / 1e6:,.1f}", store.header.dtype, widths)
     stages = {"decode (all workers)": seconds.decode, "waiting for audio": seconds.wait, **seconds.encode}
     stages |= {"writing": seconds.write, "total": time.perf_counter() - started}
     log.info("seconds  %s", ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items()))
