@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from text_to_audio.bank import AudioBank
@@ -31,13 +30,13 @@ from text_to_audio.batching import (
 from text_to_audio.checkpoints import (
     checkpoint_path,
     model_state,
-    random_state,
     read_checkpoint,
     restore_weights,
     save_checkpoint,
 )
 from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
-from text_to_audio.errors import UserError, run_script
+from text_to_audio.curves import CurveWriter
+from text_to_audio.errors import Stopped, UserError, run_script
 from text_to_audio.evaluation import Evaluator, by_subset
 from text_to_audio.gradient_caching import backward_by_part, backward_through_cache, seed_dropout
 from text_to_audio.logs import start_log
@@ -52,20 +51,26 @@ from text_to_audio.optimisation import (
 )
 from text_to_audio.report import write_report
 from text_to_audio.reporting import log_results, log_validation
+from text_to_audio.resuming import (
+    Best,
+    Checkpoint,
+    LastCheckpoint,
+    Progress,
+    check_data,
+    curve_start,
+    find_checkpoint,
+    restore,
+    resume_command,
+    say_if_done,
+    set_aside,
+    training_state,
+)
+from text_to_audio.stopping import StopRequest
 from text_to_audio.store import SPLITS, EmbeddingStore
 from text_to_audio.summary import table_with_chance, update_summary
 from text_to_audio.text_model import ProjectionHead, TextEncoder
 
 LOG_EVERY = 10  # optimizer steps between TensorBoard points
-
-
-@dataclass
-class Best:
-    """The best validation scores so far; (R@1, MRR) decide together, MRR breaking ties."""
-
-    r1: tuple[float, float] = (-1.0, -1.0)
-    r1_epoch: int = 0
-    loss: float = math.inf
 
 
 @dataclass
@@ -85,8 +90,11 @@ class Run:
     validation: Evaluator
     optimizer: AdamW
     schedule: LambdaLR
-    writer: SummaryWriter
+    writer: CurveWriter
+    last: LastCheckpoint
+    stop: StopRequest
     steps: int
+    progress: Progress
     step: int = 0
     best: Best = field(default_factory=Best)
 
@@ -111,12 +119,19 @@ def main(argv: list[str] | None = None) -> None:
     log = start_log("train", "train.log")
     for folder in (config.checkpoint_dir, config.log_dir):
         make_folder(Path(folder))
-    run = prepare(config, log)
+    resumed = find_checkpoint(config, log)
+    if resumed and say_if_done(resumed, config, log):
+        return
+    run = prepare(config, log, resumed)
     announce(run)
     if config.baseline:
         report_baseline(run)
-    fit(run)
-    measure_best(run)
+    if not resumed:
+        set_aside(config, log)
+    with run.stop:
+        fit(run)
+        with run.stop.at_once():
+            measure_best(run)
     run.writer.close()
 
 
@@ -130,13 +145,18 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: expected a folder to write to (no permission)")
 
 
-def prepare(config: TrainingConfig, log: Logger) -> Run:
-    """Open the store, load the models, and cache the tokens. Faults in the store come up before any download."""
+def prepare(config: TrainingConfig, log: Logger, resumed: Checkpoint | None = None) -> Run:
+    """Open the store, load the models, and cache the tokens. Faults in the store come up before any download.
+
+    The run stands where the checkpoint `resumed` left it, or at its beginning.
+    """
     store = EmbeddingStore(config.data_path)
     config.audio_dim = store.dim(config.audio_encoder)
     for name in SPLITS:
         if not store.split(name).caption:
             raise UserError(f"{store.path}: expected recordings with captions in the split {name!r}, found none")
+    if resumed:
+        check_data(resumed, store, config.audio_encoder)
     torch.manual_seed(config.seed)
     if config.torch_device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the head and the cosines
@@ -152,12 +172,17 @@ def prepare(config: TrainingConfig, log: Logger) -> Run:
     steps = config.epochs * batches_per_epoch(captions.caption_source, config.effective_batch_size)
     optimizer = build_optimizer(config, text_encoder, projection, temperature)
     schedule = build_schedule(optimizer, warmup_length(config, steps), steps)
-    # a fresh run hides the curves of an earlier one in the same folder
-    writer = SummaryWriter(str(Path(config.log_dir) / config.audio_encoder), purge_step=0)
-    return Run(
+    writer = CurveWriter(str(Path(config.log_dir) / config.audio_encoder), *curve_start(resumed))
+    last = LastCheckpoint(checkpoint_path(config, "last"), resumed)
+    stop = StopRequest(f"go on with: {resume_command(config)}")
+    run = Run(
         config, log, store, text_encoder, projection, temperature, captions, tokens, vectors, bank, validation,
-        optimizer, schedule, writer, steps,
+        optimizer, schedule, writer, last, stop, steps, Progress.of(store, config.audio_encoder),
     )  # fmt: skip
+    if resumed:
+        run.progress, run.best = restore(resumed, text_encoder, projection, temperature, optimizer, schedule)
+        run.step = resumed.contents["step"]
+    return run
 
 
 def build_projection(config: TrainingConfig, store: EmbeddingStore) -> ProjectionHead:
@@ -205,6 +230,8 @@ def announce(run: Run) -> None:
     if run.bank:
         log.info(f"bank: {len(run.bank)} recordings, {run.bank.nbytes / 1e9:.2f} GB, kept in: {run.bank.place}")
     log.info(f"validation: {len(run.validation.gallery.captions)} captions, {len(run.validation.gallery)} recordings")
+    if run.step:
+        log.info(f"going on after step {run.step} of {run.steps}, {run.progress.epoch} of {config.epochs} epochs done")
     for warning in schedule_warnings(config, run.steps):
         log.warning(f"warning: {warning}")
     if np.mean(sizes) < config.effective_batch_size / 2 and len(captions) > config.effective_batch_size:
@@ -225,46 +252,61 @@ def report_baseline(run: Run) -> None:
 
 
 def fit(run: Run) -> None:
-    """The training loop: epochs, validation, checkpoints, early stopping."""
+    """The training loop: epochs, validation, checkpoints, early stopping. When asked to stop, it saves first."""
+    try:
+        while run.progress.epoch < run.config.epochs:
+            if run.progress.epoch - run.best.r1_epoch >= run.config.patience:
+                run.log.info(f"stopped: no better validation R@1 in {run.config.patience} epochs")
+                break
+            fit_epoch(run, run.progress.epoch + 1)
+    except Stopped:
+        save_last(run, checkpoint(run, {}))
+        run.log.info(f"saved {run.last.path} after step {run.step} of {run.steps}")
+        raise
+
+
+def fit_epoch(run: Run, epoch: int) -> None:
+    """What is left of an epoch, its validation and its checkpoints."""
     config = run.config
-    for epoch in range(1, config.epochs + 1):
-        run.text_encoder.train()
-        run.projection.train()
-        plan = plan_epoch(run.captions.caption_source, config.effective_batch_size, config.seed, epoch)
-        loss = train_epoch(run, plan, epoch)
+    run.text_encoder.train()
+    run.projection.train()
+    plan = plan_epoch(run.captions.caption_source, config.effective_batch_size, config.seed, epoch)
+    loss = train_epoch(run, plan, epoch)
+    with run.stop.at_once():
         scores = run.validation.measure(run.text_encoder, run.projection, run.temperature().item())
-        improved = save_epoch(run, epoch, scores)
-        log_validation(run.writer, run.validation, scores, run.step)
-        run.log.info(
-            f"epoch {epoch}/{config.epochs}: train loss {loss:.4f}, val loss {scores['loss']:.4f}, "
-            f"val R@1 {scores['t2a_R@1']:.2f}, R@10 {scores['t2a_R@10']:.2f}, MRR {scores['t2a_MRR']:.4f}"
-            f"{' (best)' if improved else ''}"
-        )
-        if epoch - run.best.r1_epoch >= config.patience:
-            run.log.info(f"stopped: no better validation R@1 in {config.patience} epochs")
-            break
+    log_validation(run.writer, run.validation, scores, run.step)
+    improved = save_epoch(run, epoch, scores)
+    run.log.info(
+        f"epoch {epoch}/{config.epochs}: train loss {loss:.4f}, val loss {scores['loss']:.4f}, "
+        f"val R@1 {scores['t2a_R@1']:.2f}, R@10 {scores['t2a_R@10']:.2f}, MRR {scores['t2a_MRR']:.4f}"
+        f"{' (best)' if improved else ''}"
+    )
 
 
 def train_epoch(run: Run, plan: list[np.ndarray], epoch: int) -> float:
-    """Step over every batch of the plan; returns the mean loss per caption."""
-    summed, captions = 0.0, 0
-    bar = tqdm(plan, desc=f"{run.config.audio_encoder} epoch {epoch}", unit="step", leave=False)
+    """Step over the batches of the plan that are not done yet; returns the epoch's mean loss per caption."""
+    progress = run.progress
+    name, every, done = f"{run.config.audio_encoder} epoch {epoch}", run.config.save_every_steps, progress.batches
+    bar = tqdm(plan[done:], desc=name, total=len(plan), initial=done, unit="step", leave=False)
     for batch in bar:
         start = time.perf_counter()
         loss = train_step(run, batch)
-        if run.step % LOG_EVERY == 0:
+        run.step += 1
+        if (run.step - 1) % LOG_EVERY == 0:
             log_step(run, batch, loss, start)
         run.optimizer.step()
         run.temperature.keep_in_range()
         run.schedule.step()
         run.optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        summed, captions = summed + loss * len(batch), captions + len(batch)
+        progress.add(len(batch), loss)
+        run.stop.check()
+        if every and run.step % every == 0:
+            save_last(run, checkpoint(run, {}))
         rate = len(batch) / (time.perf_counter() - start)
         bar.set_postfix_str(
             f"loss {loss:.3f}, lr {run.schedule.get_last_lr()[0]:.1e}, {rate:.0f} captions/s", refresh=False
         )
-    return summed / captions
+    return progress.loss / progress.captions
 
 
 def train_step(run: Run, batch: np.ndarray) -> float:
@@ -310,8 +352,8 @@ def log_step(run: Run, batch: np.ndarray, loss: float, start: float) -> None:
     """A TensorBoard point: loss, rates, temperature, gradient norms, padding, speed. Called before the step."""
     config, write = run.config, run.writer.add_scalar
     write("train/loss", loss, run.step)
-    for group in run.optimizer.param_groups:
-        write(f"learning_rate/{group['name']}", group["lr"], run.step)
+    for name, rate in {group["name"]: group["lr"] for group in run.optimizer.param_groups}.items():
+        write(f"learning_rate/{name}", rate, run.step)
     write("train/temperature", run.temperature().item(), run.step)
     for name, norm in gradient_norms(run.text_encoder, run.projection).items():
         write(f"gradient_norm/{name}", norm, run.step)
@@ -323,9 +365,8 @@ def log_step(run: Run, batch: np.ndarray, loss: float, start: float) -> None:
 
 def save_epoch(run: Run, epoch: int, scores: dict[str, float]) -> bool:
     """Save the best checkpoints where this epoch is better, and the last; returns whether R@1 (or MRR) improved."""
-    contents = model_state(run.config, run.text_encoder, run.projection)
-    contents |= {"epoch": epoch, "step": run.step, "metrics": scores, "log_temperature": run.temperature.log.item()}
-    contents["audio_space"] = run.store.encoders[run.config.audio_encoder]
+    run.progress = run.progress.after_epoch(epoch)
+    contents = checkpoint(run, scores)
     r1 = scores["t2a_R@1"], scores["t2a_MRR"]
     improved = r1 > run.best.r1
     if improved:
@@ -334,14 +375,23 @@ def save_epoch(run: Run, epoch: int, scores: dict[str, float]) -> bool:
     if scores["loss"] < run.best.loss:
         run.best.loss = scores["loss"]
         save_checkpoint(checkpoint_path(run.config, "best_loss"), contents)
-    contents |= {
-        "optimizer_state_dict": run.optimizer.state_dict(),
-        "schedule_state_dict": run.schedule.state_dict(),
-        "random_state": random_state(),
-        "best": {"r1": list(run.best.r1), "r1_epoch": run.best.r1_epoch, "loss": run.best.loss},
-    }
-    save_checkpoint(checkpoint_path(run.config, "last"), contents)
+    save_last(run, contents)
     return improved
+
+
+def checkpoint(run: Run, scores: dict[str, float]) -> dict:
+    """What a checkpoint holds of the run as it stands; `scores` are its validation's, where there was one."""
+    contents = model_state(run.config, run.text_encoder, run.projection)
+    contents |= {"epoch": run.progress.epoch, "step": run.step, "metrics": scores}
+    contents |= {"log_temperature": run.temperature.log.item()}
+    return contents | {"audio_space": run.store.encoders[run.config.audio_encoder]}
+
+
+def save_last(run: Run, contents: dict) -> None:
+    """Save a checkpoint to go on from, after the points that lead up to it, so that the curves have no gaps."""
+    run.writer.flush()
+    state = training_state(run.optimizer, run.schedule, run.progress, run.best, run.config.torch_device)
+    run.last.save(contents | state | {"points": run.writer.points_of(run.step)})
 
 
 def measure_best(run: Run) -> dict[str, float]:
@@ -351,7 +401,7 @@ def measure_best(run: Run) -> dict[str, float]:
     test = Evaluator(run.text_encoder, run.store, "test", run.config)
     metrics = test.measure(run.text_encoder, run.projection)
     log_results(run.writer, run.config, metrics, run.step)
-    entry = {**metrics, "gallery": len(test.gallery), "epoch": run.best.r1_epoch}
+    entry = {**metrics, "gallery": len(test.gallery), "epoch": run.best.r1_epoch, "started": run.progress.started}
     summary = update_summary(Path(run.config.checkpoint_dir), run.config.audio_encoder, entry)
     rows = by_subset({**metrics, "gallery": len(test.gallery)}, run.config.audio_encoder)
     run.log.info(f"text -> audio on the test split, epoch {run.best.r1_epoch}\n{table_with_chance(rows)}")

@@ -64,6 +64,7 @@ def test_everything_a_run_leaves(parts, workplace, model):
     assert names == [
         "latent_best_loss.pt",
         "latent_best_r1.pt",
+        "latent_last.prev.pt",
         "latent_last.pt",
         "latent_report.html",
         "training_summary.json",

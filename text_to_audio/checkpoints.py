@@ -1,5 +1,6 @@
 """Checkpoints: what is in them, written such that a kill or a full disk leaves the old one."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -24,20 +25,20 @@ def model_state(config: TrainingConfig, text_encoder: TextEncoder, projection: P
     }
 
 
-def random_state() -> dict[str, torch.Tensor]:
-    """The random generators' states; batches are drawn from the seed and the epoch and need none."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def save_checkpoint(path: Path, contents: dict, previous: Path | None = None) -> None:
+    """Write beside `path`, flush to disk and rename. `UserError` where it cannot be written; the old file stays.
 
-
-def save_checkpoint(path: Path, contents: dict) -> None:
-    """Write beside `path`, flush to disk and rename. `UserError` where it cannot be written; the old file stays."""
+    The file that was there is kept as `previous` where that is given. A kill between the two renames leaves
+    `previous` alone.
+    """
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
             torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())  # a disk that fills up shows here at the latest, while both files stand
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         publish(beside, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         kept = "; the one before it is still there" if path.exists() else ""
@@ -61,7 +62,7 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # a cut or foreign file fails in as many ways as it can be broken
         raise UserError(
             f"{path}: expected a checkpoint written by train.py, found a file that torch cannot load "
-            f"({str(error).splitlines()[0]})"
+            f"({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from error
     needed = {"config", "text_encoder_state_dict", "projection_state_dict"}
     if not isinstance(contents, dict) or not needed <= contents.keys():

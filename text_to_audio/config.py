@@ -100,6 +100,10 @@ class TrainingConfig:
     """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N"""
     seed: int = 42
     """seed of the initial weights, the batches and dropout"""
+    resume: str = ""
+    """go on with a run: a NAME_last.pt, or auto for the one in the checkpoint folder, where there is one"""
+    save_every_steps: int = 0
+    """also save NAME_last.pt after every so many optimizer steps; 0: at the end of each epoch alone"""
 
     @property
     def effective_batch_size(self) -> int:
@@ -128,8 +132,8 @@ class TrainingConfig:
         return self.gradient_checkpointing == "on"
 
     def as_dict(self) -> dict:
-        """Plain values for a checkpoint. The device is left to the machine that loads it."""
-        return {**asdict(self), "device": "auto"}
+        """Plain values for a checkpoint. The device is left to the machine that loads it, resuming to its user."""
+        return {**asdict(self), "device": "auto", "resume": ""}
 
     @classmethod
     def from_dict(cls, values: dict, source: str) -> "TrainingConfig":
@@ -157,7 +161,7 @@ _RANGES = {
     ),
     "at least 8": (lambda value: value >= 8, "max_length"),
     "more than 0": (lambda value: 0 < value < float("inf"), "lr temperature lora_alpha"),
-    "0 or more": (lambda value: 0 <= value < float("inf"), "text_lr weight_decay warmup_steps seed"),
+    "0 or more": (lambda value: 0 <= value < float("inf"), "text_lr weight_decay warmup_steps seed save_every_steps"),
     "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing caption_dropout"),
     "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),
 }

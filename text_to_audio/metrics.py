@@ -75,4 +75,5 @@ def chance_level(gallery: int) -> dict[str, float]:
 
 def rounded(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics as they are written: percents to 2 places, MRR to 4."""
-    return {name: round(value, 4 if "MRR" in name else 2) for name, value in metrics.items()}
+    places = {name: 4 if "MRR" in name else 2 for name in metrics}
+    return {name: round(value, places[name]) if isinstance(value, float) else value for name, value in metrics.items()}

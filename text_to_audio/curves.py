@@ -1,0 +1,28 @@
+"""TensorBoard curves that neither double nor lose a point when a run is killed and resumed."""
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class CurveWriter(SummaryWriter):
+    """A SummaryWriter that hides what the folder has of `step` and later, and begins with the scalars of that step.
+
+    `points_of` remembers the newest step's scalars for a checkpoint, since hiding goes by whole steps. Histograms and
+    texts of that one step are not remembered.
+    """
+
+    def __init__(self, folder: str, step: int = 0, scalars: dict[str, float] | None = None):
+        super().__init__(folder, purge_step=step)
+        self.newest: tuple[int, dict[str, float]] = (step, {})
+        for tag, value in (scalars or {}).items():
+            self.add_scalar(tag, value, step)
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Write a point; a step's points come before those of later steps."""
+        if global_step != self.newest[0]:
+            self.newest = global_step, {}
+        self.newest[1][tag] = float(scalar_value)
+        super().add_scalar(tag, scalar_value, global_step)
+
+    def points_of(self, step: int) -> dict[str, float]:
+        """The scalars of this step, if it is the newest."""
+        return dict(self.newest[1]) if self.newest[0] == step else {}
