@@ -4,6 +4,7 @@ import gzip
 import os
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,24 +25,24 @@ def no_progress(position: int) -> None:
     """The default of `read`: tell nobody."""
 
 
-class ClipSource:
+class ClipSource(ABC):
     """What the sources have in common; see `read`."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to fetch
         """Fetch what `read` needs and is not here yet."""
 
     @property
+    @abstractmethod
     def size_bytes(self) -> int:
         """The position that `progress` reaches at the end of a full pass. Call after `prepare`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, wanted: set[str], progress: Progress = no_progress) -> Iterator[tuple[str, bytes | Path]]:
         """Yield (audio id, file content or path) once for each wanted id that is there, in the source's order.
 
         Calls `progress` with the position reached, in bytes. After a complete pass, what was not yielded is
         missing. Raises UserError where the source is damaged, after yielding what came before.
         """
-        raise NotImplementedError
 
 
 class FileClips(ClipSource):
