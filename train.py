@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import time
 from dataclasses import dataclass, field
 from logging import Logger
@@ -14,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from text_to_audio.bank import AudioBank
+from text_to_audio.bank import AudioBank, build_bank
 from text_to_audio.baseline import ridge_metrics
 from text_to_audio.batching import (
     AudioVectors,
@@ -25,10 +24,10 @@ from text_to_audio.batching import (
     micro_batches,
     padding_share,
     plan_epoch,
-    source_numbers,
 )
 from text_to_audio.checkpoints import (
     checkpoint_path,
+    make_folder,
     model_state,
     read_checkpoint,
     restore_weights,
@@ -135,16 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     run.writer.close()
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder where it is missing; `UserError` where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: expected a folder to write to ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: expected a folder to write to (no permission)")
-
-
 def prepare(config: TrainingConfig, log: Logger, resumed: Checkpoint | None = None) -> Run:
     """Open the store, load the models, and cache the tokens. Faults in the store come up before any download.
 
@@ -196,14 +185,6 @@ def build_projection(config: TrainingConfig, store: EmbeddingStore) -> Projectio
             f"prepare_dataset.py --verify names it"
         ) from error
     return head.to(config.torch_device)
-
-
-def build_bank(
-    config: TrainingConfig, store: EmbeddingStore, vectors: AudioVectors, projection: ProjectionHead
-) -> AudioBank:
-    """Every training recording in the standardised space, in the training's float type."""
-    dtype = torch.bfloat16 if config.bf16 else projection.mean.dtype
-    return AudioBank(vectors, source_numbers(store.split("train")), projection, dtype)
 
 
 def announce(run: Run) -> None:

@@ -6,6 +6,7 @@ from conftest import make_header, make_splits, make_vectors
 from tiny_text_models import make_bert, make_qwen3
 
 import train
+from text_to_audio.bank import build_bank
 from text_to_audio.gradient_caching import seed_dropout
 from text_to_audio.store_writing import write_store
 
@@ -39,7 +40,7 @@ def double_run(parts, tmp_path, monkeypatch):
         for module in (run.text_encoder, run.projection, run.temperature):
             module.double().train()
         if run.bank:
-            run.bank = train.build_bank(config, run.store, run.vectors, run.projection)
+            run.bank = build_bank(config, run.store, run.vectors, run.projection)
         for name, parameter in run.text_encoder.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, 0, 0.2, torch.Generator().manual_seed(len(name)))

@@ -7,7 +7,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from text_to_audio.batching import AudioVectors
+from text_to_audio.batching import AudioVectors, source_numbers
+from text_to_audio.config import TrainingConfig
+from text_to_audio.store import EmbeddingStore
 from text_to_audio.text_model import ProjectionHead
 
 TILE_ELEMENTS = 1 << 25  # elements of the bank in hand at once: 128 MB in float32
@@ -68,6 +70,14 @@ class AudioBank:
             else:
                 tile = self._held[start:stop].to(self._projection.mean.device, non_blocking=True)
                 yield start, tile.to(self._projection.mean.dtype)
+
+
+def build_bank(
+    config: TrainingConfig, store: EmbeddingStore, vectors: AudioVectors, projection: ProjectionHead
+) -> AudioBank:
+    """Every training recording in the standardised space, in the training's float type."""
+    dtype = torch.bfloat16 if config.bf16 else projection.mean.dtype
+    return AudioBank(vectors, source_numbers(store.split("train")), projection, dtype)
 
 
 def bank_loss(

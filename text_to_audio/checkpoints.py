@@ -11,6 +11,16 @@ from text_to_audio.store_writing import publish
 from text_to_audio.text_model import ProjectionHead, TextEncoder
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing; `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder to write to ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: expected a folder to write to (no permission)")
+
+
 def checkpoint_path(config: TrainingConfig, which: str) -> Path:
     """Path of an encoder's checkpoint: `which` is "best_r1", "best_loss" or "last"."""
     return Path(config.checkpoint_dir) / f"{config.audio_encoder}_{which}.pt"

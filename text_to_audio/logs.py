@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from text_to_audio.errors import UserError
+
 LINE = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
 
 
@@ -20,13 +22,16 @@ def start_log(name: str, path: str | Path) -> logging.Logger:
 
     The console shows INFO and above, the file everything, each line with the time and the process. The file is
     opened for appending, so a second process adds to it and truncates nothing. Calling it again replaces the
-    handlers.
+    handlers. Raises `UserError` where the file cannot be written.
     """
     logger = logging.getLogger(name)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    console, file = _ConsoleHandler(), logging.FileHandler(path, encoding="utf-8")
+    try:
+        console, file = _ConsoleHandler(), logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: expected to write the log there, found: {error.strerror}") from error
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.INFO)
     file.setFormatter(logging.Formatter(LINE))
