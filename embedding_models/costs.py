@@ -22,9 +22,9 @@ class Published:
 
 
 PUBLISHED = {
-    "muq": Published("OpenMuQ/MuQ-MuLan-large", ("model.safetensors", "config.json"), 1536, "CC-BY-NC-4.0", 0.4),
+    "muq": Published("OpenMuQ/MuQ-MuLan-large", ("model.safetensors", "config.json"), 1536, "CC-BY-NC-4.0", 1.0),
     "mert": Published("m-a-p/MERT-v1-330M", ("pytorch_model.bin", "config.json"), 76_800, "CC-BY-NC-4.0", 0.8),
-    "latent": Published("SonyCSLParis/music2latent", ("music2latent.pt",), 576, "CC-BY-NC-4.0", 0.8),
+    "latent": Published("SonyCSLParis/music2latent", ("music2latent.pt",), 576, "CC-BY-NC-4.0", 3.1),
 }
 
 
