@@ -7,7 +7,17 @@ import numpy as np
 
 from text_to_audio.store import SPLITS, EmbeddingStore, Split, vector_block
 from text_to_audio.store_writing import create_store, publish, require_space, store_bytes, write_statistics
-from text_to_audio.work_file import DONE, REASONS, TODO, Lock, WorkFile, check_settings, shard_path, tail_is_cut
+from text_to_audio.work_file import (
+    DONE,
+    REASONS,
+    TODO,
+    Lock,
+    WorkFile,
+    any_shards,
+    check_settings,
+    shard_path,
+    tail_is_cut,
+)
 
 
 def finish(folder: Path, num_splits: int, say: Callable[[str], None]) -> Path | None:
@@ -61,7 +71,7 @@ def _finish_shards(shards: list[WorkFile], target: Path, say: Callable[[str], No
 
 def remove_shards(folder: Path) -> None:
     """Remove every work file of `folder`, of whatever number of shards."""
-    for path in folder.glob("embeddings.shard-*-of-*.h5"):
+    for path in any_shards(folder):
         path.unlink()
 
 

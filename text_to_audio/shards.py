@@ -9,9 +9,7 @@ import numpy as np
 from text_to_audio.errors import UserError
 from text_to_audio.recordings import Dataset
 from text_to_audio.store import SPLITS, EmbeddingStore, Split, StoreHeader
-from text_to_audio.work_file import WorkFile, check_settings, shard_path, tail_is_cut
-
-_ANY_SHARD = "embeddings.shard-*-of-*.h5"
+from text_to_audio.work_file import WorkFile, any_shards, check_settings, shard_path, tail_is_cut
 
 
 def split_columns(dataset: Dataset, split_id: int, num_splits: int) -> dict[str, Split]:
@@ -37,7 +35,7 @@ def open_shard(folder: Path, header: StoreHeader, dataset: Dataset, split_id: in
     Raises `UserError` where a shard in `folder` was begun with other settings or another number of shards.
     """
     path = shard_path(folder, split_id, num_splits)
-    others = [other.name for other in folder.glob(_ANY_SHARD) if not other.match(f"*-of-{num_splits}.h5")]
+    others = [other.name for other in any_shards(folder) if not other.match(f"*-of-{num_splits}.h5")]
     if others:
         raise UserError(
             f"{folder}: expected --num-splits as in {others[0]}, found {num_splits}; "
@@ -90,6 +88,6 @@ def discard(folder: Path, split_id: int, num_splits: int) -> None:
     """Remove the store, this shard, and shards of another number of shards; other processes' shards stay."""
     (folder / "embeddings.h5").unlink(missing_ok=True)
     own = shard_path(folder, split_id, num_splits)
-    for path in folder.glob(_ANY_SHARD):
+    for path in any_shards(folder):
         if path == own or not path.match(f"*-of-{num_splits}.h5"):
             path.unlink()

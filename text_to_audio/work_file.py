@@ -63,6 +63,11 @@ def shard_path(folder: Path, split_id: int, num_splits: int) -> Path:
     return folder / f"embeddings.shard-{split_id}-of-{num_splits}.h5"
 
 
+def any_shards(folder: Path) -> list[Path]:
+    """Paths of every work file in a folder, of whatever number of shards."""
+    return sorted(folder.glob("embeddings.shard-*-of-*.h5"))
+
+
 class WorkFile:
     """An open shard. `states` holds a uint8 per row, the splits' rows one after another.
 
