@@ -128,12 +128,12 @@ def training_step(precision: str, batch_size: int, accumulation: int, folder: Pa
     run = train.prepare(config, logging.getLogger("full_size"))
     batch = plan_epoch(run.captions.caption_source, config.effective_batch_size, config.seed, epoch=1)[0]
     start = time.perf_counter()
-    loss = train.train_step(run, batch)
+    loss = train.train_step(run, run.reader.read(0, batch)).item()
     run.optimizer.step()
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
     tokens = int(run.tokens.lengths[batch].sum())
-    run.writer.close()
+    run.spaces[0].writer.close()
     return (
         f"{len(batch)} captions in {accumulation} passes, {tokens} tokens, {trained / 1e6:.0f} M trained weights, "
         f"loss {loss:.3f}, {seconds:.1f} s on {config.torch_device}"

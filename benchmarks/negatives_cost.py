@@ -79,15 +79,15 @@ def prepared(folder: Path, args: argparse.Namespace, name: str, checkpointing: s
         gradient_checkpointing=checkpointing,
     )
     run = train.prepare(config, logging.getLogger("negatives_cost"))
-    run.text_encoder.train()
-    run.projection.train()
+    for module in run.modules():
+        module.train()
     return run
 
 
 def seconds_of_step(run: train.Run, batch: np.ndarray) -> float:
     """Time of one step's gradients."""
     start = time.perf_counter()
-    train.train_step(run, batch)  # returns the loss as a number, so that the device is done
+    train.train_step(run, run.reader.read(0, batch)).tolist()  # numbers, so that the device is done
     seconds = time.perf_counter() - start
     run.optimizer.zero_grad(set_to_none=True)
     return seconds
@@ -104,7 +104,9 @@ def compare_times(folder: Path, args: argparse.Namespace, checkpointing: str) ->
     runs = {}
     for name, (audio_negatives, text_negatives) in SETTINGS.items():
         config = replace(with_bank.config, audio_negatives=audio_negatives, text_negatives=text_negatives)
-        runs[name] = replace(with_bank, config=config, bank=with_bank.bank if name == "bank" else None)
+        (space,) = with_bank.spaces
+        space = replace(space, config=replace(config), bank=space.bank if name == "bank" else None)
+        runs[name] = replace(with_bank, config=config, spaces=[space])
     batches = plan(with_bank)
     seconds = {name: [] for name in SETTINGS}
     for number in range(args.rounds + 1):
@@ -112,7 +114,7 @@ def compare_times(folder: Path, args: argparse.Namespace, checkpointing: str) ->
             taken = seconds_of_step(runs[name], batches[number % len(batches)])
             if number:  # the first round warms up
                 seconds[name].append(taken)
-    with_bank.writer.close()
+    with_bank.spaces[0].writer.close()
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
@@ -125,12 +127,12 @@ def step_memory(folder: Path, args: argparse.Namespace, name: str, checkpointing
     if run.config.torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        train.train_step(run, batch)
+        train.train_step(run, run.reader.read(0, batch))
         grown = torch.cuda.max_memory_allocated() - before
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = psutil.Process().memory_info().rss
-        train.train_step(run, batch)
+        train.train_step(run, run.reader.read(0, batch))
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         grown = 1024 * int(peak.group(1)) - before
     sender.send(grown)

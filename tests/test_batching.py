@@ -110,10 +110,10 @@ def test_cached_tokens_equal_fresh_ones(encoder):
     texts = [f"{word} song {'with drum ' * i}" for i, word in enumerate(["calm", "happy", "slow", "fast"])]
     cache = TokenCache(encoder, texts)
     chosen = np.array([3, 0, 2])
-    ids, mask = cache.padded(chosen)
+    ids, mask = tokens = cache.padded(chosen)
     with torch.no_grad():
         encoder.eval()
-        torch.testing.assert_close(encoder.encode(ids, mask), encoder([texts[i] for i in chosen]))
+        torch.testing.assert_close(encoder.encode(tokens), encoder([texts[i] for i in chosen]))
     assert cache.lengths.tolist() == [len(row) for row in encoder.tokenise(texts)]
     assert (mask.sum(1).numpy() == cache.lengths[chosen]).all()
     assert (ids[mask == 0] == encoder.pad_token).all()

@@ -15,7 +15,7 @@ from text_to_audio.evaluation import (
     gallery_metrics,
     make_gallery,
 )
-from text_to_audio.losses import in_batch_loss
+from text_to_audio.losses import symmetric_loss
 from text_to_audio.metrics import retrieval_metrics
 from text_to_audio.store import EmbeddingStore, Split
 from text_to_audio.store_writing import write_store
@@ -79,7 +79,7 @@ def test_scores_do_not_depend_on_the_tiles(setting, elements, monkeypatch):
     config, encoder, head, store = setting
     evaluator = Evaluator(encoder, store, "val", config)
     monkeypatch.setattr(evaluation, "_TILE_ELEMENTS", elements)
-    found = evaluator.scores(encoder, head)
+    found = evaluator.scores(evaluator.embed(encoder), head)
     encoder.eval(), head.eval()
     with torch.no_grad():
         text, audio = head(encoder(evaluator.gallery.captions.captions), evaluator.vectors[evaluator.gallery.rows])
@@ -101,7 +101,7 @@ def test_validation_loss_is_the_training_loss(setting, negatives):
     config, encoder, head, store = setting
     config = TrainingConfig(**{**config.as_dict(), "audio_negatives": negatives, "device": "cpu"})
     evaluator = Evaluator(encoder, store, "val", config)
-    scores = evaluator.scores(encoder, head)
+    scores = evaluator.scores(evaluator.embed(encoder), head)
     captions, lengths = evaluator.gallery.captions, evaluator.tokens.lengths
     total = 0.0
     with torch.no_grad():
@@ -109,7 +109,8 @@ def test_validation_loss_is_the_training_loss(setting, negatives):
     for batch in evaluation.plan_epoch(captions.caption_source, 6, 0, 0):
         for part in evaluation.micro_batches(batch, lengths, 3):
             own_audio = audio[captions.caption_audio[batch]]
-            loss = in_batch_loss(text[batch[part]], own_audio, torch.from_numpy(part), negatives, 0.07, 0.0)
+            seen, own = (own_audio, part) if negatives == "batch" else (own_audio[part], np.arange(len(part)))
+            loss = symmetric_loss(text[batch[part]] @ seen.T, torch.from_numpy(own), 0.07)
             total += len(part) / len(captions) * loss.item()
     assert gallery_loss(scores, evaluator.gallery, lengths, config, 0.07) == pytest.approx(total, rel=1e-4)
 

@@ -35,7 +35,8 @@ def made(request, tmp_path, monkeypatch):
             torch.nn.init.normal_(value, std=0.2)
     head.mean.normal_()
     contents = {**model_state(config, encoder, head), "epoch": 3, "metrics": {"t2a_R@1": 12.5}}
-    save_checkpoint(Path("muq_best_r1.pt"), {**contents, "audio_space": header.encoders["muq"]})
+    contents |= {"audio_space": header.encoders["muq"], "dataset": {"name": "test recordings", "revision": "r7"}}
+    save_checkpoint(Path("muq_best_r1.pt"), {**contents, "text_model_revision": "c0ffee"})
     return encoder, head, base
 
 
@@ -76,7 +77,8 @@ def test_metrics_are_those_of_this_checkpoint_or_none(made):
     card = (run() / "README.md").read_text()
     assert "| t2a_R@1 | 45.25 |" in card
     assert "| t2a_R@1 | 12.5 |" in card
-    assert "test recordings" in card
+    assert "| data set | test recordings | r7 |" in card
+    assert "| c0ffee |" in card
     assert "tiny/muq" in card
     update_summary(Path("."), "muq", {"t2a_R@1": 45.25, "epoch": 2})
     assert "45.25" not in (run() / "README.md").read_text()

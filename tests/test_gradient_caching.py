@@ -7,6 +7,7 @@ from tiny_text_models import make_bert, make_qwen3
 
 import train
 from text_to_audio.bank import build_bank
+from text_to_audio.batching import micro_batches
 from text_to_audio.gradient_caching import seed_dropout
 from text_to_audio.store_writing import write_store
 
@@ -37,10 +38,11 @@ def double_run(parts, tmp_path, monkeypatch):
         config = train.config_from_arguments(train.build_parser().parse_args(words))
         torch.set_default_dtype(torch.float64)  # so that the store's statistics and the bank are float64 too
         run = train.prepare(config, train.start_log("train", "train.log"))
-        for module in (run.text_encoder, run.projection, run.temperature):
+        for module in run.modules():
             module.double().train()
-        if run.bank:
-            run.bank = build_bank(config, run.store, run.vectors, run.projection)
+        (space,) = run.spaces
+        if space.bank:
+            space.bank = build_bank(config, run.store, space.vectors, space.projection)
         for name, parameter in run.text_encoder.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, 0, 0.2, torch.Generator().manual_seed(len(name)))
@@ -52,8 +54,7 @@ def double_run(parts, tmp_path, monkeypatch):
 
 
 def gradients(run):
-    modules = (run.text_encoder, run.projection, run.temperature)
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    trained = [p for module in run.modules() for p in module.parameters() if p.requires_grad]
     found = [p.grad.clone() for p in trained]
     for p in trained:
         p.grad = None
@@ -65,21 +66,27 @@ BATCH = np.array(
 )  # captions of sources 0, 1, 2, ... : row i // 2, source i // 4
 
 
+def step(run, batch):
+    """train.py's step; its loss as a number."""
+    return train.train_step(run, run.reader.read(run.step, batch)).item()
+
+
 def single_graph(run, batch):
-    """The same micro-batches with their graphs kept, one naive loss over all features, one backward."""
-    config = run.config
+    """The same micro-batches with their graphs kept, one naive loss over all embeddings, one backward."""
+    config, (space,) = run.config, run.spaces
     lengths = run.tokens.lengths
-    micro = list(train.micro_batches(batch, lengths, config.batch_size))
-    features = []
+    micro = list(micro_batches(batch, lengths, config.batch_size))
+    embeddings = []
     for number, part in enumerate(micro):
         seed_dropout(config.seed, run.step, number)
-        features.append(run.projection.project_text(run.text_encoder.encode(*run.tokens.padded(batch[part]))))
-    text, order = torch.cat(features), np.concatenate(micro)
+        embeddings.append(run.text_encoder.encode(run.tokens.padded(batch[part])))
+    seed_dropout(config.seed, run.step, len(micro))
+    text, order = space.projection.project_text(torch.cat(embeddings)), np.concatenate(micro)
     rows = batch[order] // 2
     assert np.array_equal(rows, run.captions.caption_audio[batch[order]])
-    everything = run.projection.standardise_audio(run.vectors[np.arange(24)])
+    everything = space.projection.standardise_audio(space.vectors[np.arange(24)])
     audio = everything[rows]
-    scale = 1 / run.temperature()
+    scale = 1 / space.temperature()
     if config.audio_negatives == "bank":
         logits, target = text @ everything.T * scale, torch.from_numpy(rows)
         other = (rows[:, None] // 2 == np.arange(24) // 2) & (rows[:, None] != np.arange(24))
@@ -109,7 +116,7 @@ def test_gradients_are_those_of_one_graph(double_run, model, recomputed, negativ
     words = ["--text-negatives", "batch", "--audio-negatives", audio, "--learn-temperature"]
     words += ["--gradient-checkpointing", recomputed, *(["--same-source", same[0]] if same else [])]
     run = double_run(*words, model=model)
-    loss = train.train_step(run, BATCH)
+    loss = step(run, BATCH)
     found = gradients(run)
     assert loss == pytest.approx(single_graph(run, BATCH), abs=1e-10)
     expected = gradients(run)
@@ -117,7 +124,7 @@ def test_gradients_are_those_of_one_graph(double_run, model, recomputed, negativ
         torch.testing.assert_close(one, other, atol=1e-8, rtol=0)
         assert other.abs().max() > 1e-6
     run.step += 1
-    train.train_step(run, BATCH)
+    step(run, BATCH)
     other_masks = gradients(run)
     assert max((a - b).abs().max() for a, b in zip(found, other_masks, strict=True)) > 1e-4  # dropout was on
 
@@ -125,21 +132,21 @@ def test_gradients_are_those_of_one_graph(double_run, model, recomputed, negativ
 def test_micro_texts_see_the_bank_too(double_run):
     """With the texts of one micro-batch on each side of audio -> text, the bank gives the mean over the texts."""
     run = double_run("--audio-negatives", "bank", "--head-dropout", "0", "--lora-dropout", "0")
-    loss = train.train_step(run, BATCH)
+    loss = step(run, BATCH)
     found = gradients(run)
     total = 0.0
-    micro = list(train.micro_batches(BATCH, run.tokens.lengths, 3))
+    micro = list(micro_batches(BATCH, run.tokens.lengths, 3))
     for part in micro:
         chosen = BATCH[part]
         run.config.text_negatives = "batch"
         assert run.config.batch_size == 3
         total += single_graph(run, chosen) * len(part) / len(BATCH)
-        for p in (*run.text_encoder.parameters(), *run.projection.parameters()):
+        for p in (*run.text_encoder.parameters(), *run.spaces[0].projection.parameters()):
             if p.requires_grad:
                 kept = getattr(p, "kept", 0.0)
                 p.kept, p.grad = kept + p.grad * len(part) / len(BATCH), None
     assert loss == pytest.approx(total, abs=1e-10)
-    trained = [p for m in (run.text_encoder, run.projection) for p in m.parameters() if p.requires_grad]
+    trained = [p for m in (run.text_encoder, run.spaces[0].projection) for p in m.parameters() if p.requires_grad]
     for one, p in zip(found, trained, strict=True):
         torch.testing.assert_close(one, p.kept, atol=1e-8, rtol=0)
 

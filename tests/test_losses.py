@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from text_to_audio.losses import contrastive_loss, in_batch_loss, symmetric_loss
+from text_to_audio.losses import audio_to_text_loss, contrastive_loss, loss_in_groups, symmetric_loss
 
 
 def unit(*shape, seed=0):
@@ -63,13 +63,25 @@ def test_both_directions():
     assert symmetric_loss(text @ audio.T, own, 0.07).item() == pytest.approx((t2a + a2t) / 2, rel=1e-12)
 
 
-def test_micro_sees_only_its_own_recordings():
-    text, audio = unit(4, 8), unit(9, 8, seed=1)
-    own = torch.tensor([8, 2, 0, 5])
-    found = in_batch_loss(text, audio, own, "micro", 0.07, 0.0)
-    logits = text @ audio[own].T / 0.07
-    clip = (F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))) / 2
-    assert found.item() == pytest.approx(clip.item(), rel=1e-12)
-    whole = in_batch_loss(text, audio, own, "batch", 0.07, 0.0)
-    assert whole.item() == pytest.approx(symmetric_loss(text @ audio.T, own, 0.07).item(), rel=1e-12)
+def test_groups_see_only_their_own_recordings():
+    text, audio = unit(7, 8), unit(7, 8, seed=1)
+    found = loss_in_groups(text @ audio.T, [4, 3], 0.07, 0.1)
+    parts = [F.cross_entropy(text[p] @ audio[p].T / 0.07, torch.arange(n), label_smoothing=0.1) for p, n in
+             ((slice(0, 4), 4), (slice(4, 7), 3))]  # fmt: skip
+    assert found.item() == pytest.approx(((4 * parts[0] + 3 * parts[1]) / 7).item(), rel=1e-12)
+    whole = contrastive_loss(text @ audio.T, torch.arange(7), 0.07, 0.1)
     assert whole > found  # more to be told from
+
+
+def test_queued_texts_are_more_negatives_except_those_of_the_recording_s_source():
+    text, audio, queue = unit(4, 8), unit(9, 8, seed=1), unit(5, 8, seed=2)
+    own = torch.tensor([8, 2, 0, 5])
+    same = torch.zeros(4, 5, dtype=torch.bool)
+    same[1, 3] = same[1, 4] = same[2, 0] = True
+    found = audio_to_text_loss(text @ audio.T, own, 0.07, 0.0, (audio[own] @ queue.T, same))
+    expected = naive(
+        audio[own], torch.cat([text, queue]), list(range(4)), 0.07,
+        same_source=torch.cat([torch.zeros(4, 4, dtype=torch.bool), same], 1).tolist(),
+    )  # fmt: skip
+    assert found.item() == pytest.approx(float(expected), rel=1e-9)
+    assert found > audio_to_text_loss(text @ audio.T, own, 0.07)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_text_models import make_bert
 
 import train
-from text_to_audio.batching import drop_sentences
+from text_to_audio.batching import drop_sentences, micro_batches
 from text_to_audio.evaluation import gallery_loss
 from text_to_audio.inference import load_checkpoint
 from text_to_audio.losses import Temperature, contrastive_loss
@@ -105,17 +105,23 @@ def test_sentences_are_dropped_one_by_one():
 
 
 def test_caption_dropout_shortens_what_is_trained_on_anew_each_step(start):
-    run = prepared(start("--caption-dropout", "0.5"))
-    batch = np.arange(0, 40, 4)
-    tokens, captions = train.step_tokens(run, batch)
-    assert len(captions) == len(batch)
-    assert (tokens.lengths <= run.tokens.lengths[batch]).all()
-    assert tokens.lengths.sum() < run.tokens.lengths[batch].sum()
-    assert np.array_equal(train.step_tokens(run, batch)[0].lengths, tokens.lengths)  # of this step
-    run.step += 1
-    assert not np.array_equal(train.step_tokens(run, batch)[0].lengths, tokens.lengths)
-    assert math.isfinite(train.train_step(run, batch))
-    assert train.step_tokens(prepared(start()), batch)[1] is batch
+    reader, batch = prepared(start("--caption-dropout", "0.5")).reader, np.arange(0, 40, 4)
+    whole = prepared(start()).reader.read(0, batch)
+    assert sum(int(tokens[1].sum()) for tokens in whole.tokens.values()) == whole.token_count[0]
+    first, again, other = (reader.read(step, batch) for step in (0, 0, 1))
+    assert first.token_count[0] < whole.token_count[0]
+    assert np.array_equal(first.captions, batch)
+    for number, tokens in first.tokens.items():
+        assert torch.equal(again.tokens[number], tokens)
+    assert any(not torch.equal(other.tokens[number], tokens) for number, tokens in first.tokens.items())
+    steps = [np.arange(i, 40, 4) for i in range(4)]
+    for words in (["--num-workers", "0"], ["--num-workers", "3"]):
+        ahead = list(prepared(start("--caption-dropout", "0.5", *words)).reader.ahead(7, steps))
+        assert [data.captions[0] for data in ahead] == [0, 1, 2, 3]
+        for step, data in enumerate(ahead, start=7):
+            expected = reader.read(step, data.captions)
+            assert all(torch.equal(tokens, expected.tokens[number]) for number, tokens in data.tokens.items())
+            assert torch.equal(data.vectors["muq"], expected.vectors["muq"])
 
 
 @pytest.mark.parametrize("same_source", ["mask", "positive"])
@@ -125,11 +131,12 @@ def test_validation_loss_follows_the_settings(start, audio_negatives, text_negat
     run = prepared(start("--audio-negatives", audio_negatives, "--text-negatives", text_negatives,
                          "--same-source", same_source, "--label-smoothing", "0.1"))  # fmt: skip
     config, test = run.config, train.Evaluator(run.text_encoder, run.store, "test", run.config)
-    scores, gallery, lengths = test.scores(run.text_encoder, run.projection), test.gallery, test.tokens.lengths
+    gallery, lengths = test.gallery, test.tokens.lengths
+    scores = test.scores(test.embed(run.text_encoder), run.spaces[0].projection)
     audio, total = gallery.captions.caption_audio, 0.0
     for batch in train.plan_epoch(gallery.captions.caption_source, 8, 0, 0):
         for i in range(len(batch)):
-            (part,) = [p for p in train.micro_batches(batch, lengths, 4) if i in p]
+            (part,) = [p for p in micro_batches(batch, lengths, 4) if i in p]
             texts = batch if text_negatives == "batch" else batch[part]
             seen = {"micro": audio[batch[part]], "batch": audio[batch], "bank": np.arange(6)}[audio_negatives]
             own = int(np.flatnonzero(seen == audio[batch[i]])[0])

@@ -55,7 +55,7 @@ def test_left_and_right_padding_give_the_same_embedding(qwen3):
     left = torch.tensor([[encoder.pad_token] * (longest - len(row)) + row.tolist() for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     with torch.no_grad():
-        torch.testing.assert_close(encoder.encode(left, mask), encoder(TEXTS), atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.encode(torch.stack((left, mask))), encoder(TEXTS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "bert"])

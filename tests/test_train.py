@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_text_models import make_bert, make_qwen3
 
 import train
+from text_to_audio.batching import micro_batches
 from text_to_audio.errors import UserError
-from text_to_audio.losses import in_batch_loss
+from text_to_audio.losses import Temperature, symmetric_loss
 from text_to_audio.optimisation import (
     build_optimizer,
     gradient_norms,
@@ -72,7 +73,8 @@ def test_everything_a_run_leaves(parts, workplace, model):
     summary = json.loads(Path("checkpoints/training_summary.json").read_text())["latent"]
     best = torch.load("checkpoints/latent_best_r1.pt", weights_only=True)
     weights = {"text_encoder_state_dict", "projection_state_dict"}
-    assert set(best) == weights | {"config", "epoch", "step", "metrics", "audio_space", "log_temperature"}
+    described = {"audio_space", "dataset", "text_model_revision", "started"}
+    assert set(best) == weights | described | {"config", "epoch", "step", "metrics", "log_temperature"}
     for key in ("t2a_R@1", "t2a_R@5", "t2a_R@10", "t2a_MRR", "t2a_median_rank", "a2t_R@1", "A/t2a_R@1", "B/a2t_MRR"):
         assert key in summary
     assert summary["gallery"] == 5
@@ -84,7 +86,8 @@ def test_everything_a_run_leaves(parts, workplace, model):
     found = scalars("latent")
     for tag in ("train/loss", "val/loss", "val/t2a_R@1", "val/a2t_R@10", "val/t2a_MRR", "val/t2a_median_rank",
                 "test/t2a_R@1", "learning_rate/head", "learning_rate/lora", "train/temperature", "gradient_norm/head",
-                "gradient_norm/lora", "train/padding_share", "train/captions_per_second"):  # fmt: skip
+                "gradient_norm/lora", "train/padding_share", "train/captions_per_second", "train/tokens_per_second",
+                "train/memory_gb"):  # fmt: skip
         assert all(math.isfinite(value) for value in found[tag])
     assert len(found["val/loss"]) == 2
     per_module = [tag for tag in found if tag.startswith("gradient_norm/lora/")]
@@ -97,7 +100,7 @@ def test_last_checkpoint_holds_what_going_on_needs(parts, workplace):
     assert (last["epoch"], last["step"]) == (2, 10)
     assert last["schedule_state_dict"]["last_epoch"] == 10
     assert len(last["optimizer_state_dict"]["state"]) > 0
-    assert set(last["best"]) == {"r1", "r1_epoch", "loss"}
+    assert set(last["spaces"]["latent"]["best"]) == {"r1", "r1_epoch", "loss"}
     assert last["random_state"]["cpu"].dtype == torch.uint8
 
 
@@ -128,25 +131,26 @@ def test_a_step_s_gradient_is_the_weighted_mean_over_micro_batches(parts, workpl
     config = train.config_from_arguments(train.build_parser().parse_args(words))
     run = train.prepare(config, train.start_log("train", "train.log"))
     batch = np.array([0, 3, 4, 9, 11, 12, 30])
-    loss = train.train_step(run, batch)
-    trained = [p for p in (*run.projection.parameters(), *run.text_encoder.parameters()) if p.requires_grad]
+    loss = train.train_step(run, run.reader.read(0, batch)).item()
+    (space,) = run.spaces
+    trained = [p for p in (*space.projection.parameters(), *run.text_encoder.parameters()) if p.requires_grad]
     found = [p.grad.clone() for p in trained]
-    for module in (run.projection, run.text_encoder):
+    for module in run.modules():
         module.zero_grad()
-    text = run.projection.project_text(run.text_encoder([run.captions.captions[i] for i in batch]))
-    audio = run.projection.standardise_audio(run.vectors[run.captions.caption_audio[batch]])
+    text = space.projection.project_text(run.text_encoder([run.captions.captions[i] for i in batch]))
+    audio = space.projection.standardise_audio(space.vectors[run.captions.caption_audio[batch]])
     total = 0.0
-    for part in train.micro_batches(batch, run.tokens.lengths, 3):
+    for part in micro_batches(batch, run.tokens.lengths, 3):
         own = torch.from_numpy(part)
-        total = total + len(part) / 7 * in_batch_loss(text[own], audio, own, "batch", 0.07, 0.0)
+        total = total + len(part) / 7 * symmetric_loss(text[own] @ audio.T, own, 0.07)
     total.backward()
     expected = [p.grad for p in trained]
     assert loss == pytest.approx(total.item(), rel=1e-5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-    norms = gradient_norms(run.text_encoder, run.projection)
-    head = sum(p.grad.square().sum() for p in run.projection.parameters()).sqrt()
-    assert norms["head"] == pytest.approx(head.item(), rel=1e-5)
+    norms = gradient_norms(run.text_encoder, {"latent": space.projection})
+    head = sum(p.grad.square().sum() for p in space.projection.parameters()).sqrt()
+    assert norms["head/latent"] == pytest.approx(head.item(), rel=1e-5)
     modules = [value for name, value in norms.items() if name.startswith("lora/")]
     assert norms["lora"] == pytest.approx(math.hypot(*modules))
     assert "lora/encoder.layer.0.attention.self.query" in norms
@@ -164,7 +168,7 @@ def test_stops_when_validation_does_not_improve(parts, workplace):
 def test_a_loss_that_is_not_finite_leaves_the_checkpoints(parts, workplace):
     train.main(arguments(parts))
     before = {path.name: path.read_bytes() for path in Path("checkpoints").iterdir()}
-    with pytest.raises(UserError, match=r"step \d+: expected a finite loss, found nan; lower --lr") as raised:
+    with pytest.raises(UserError, match=r"step \d+: expected a finite loss in latent, found nan; lower --lr") as raised:
         train.main(arguments(parts, "--lr", "1e30"))
     assert "\n" not in str(raised.value)
     assert {path.name: path.read_bytes() for path in Path("checkpoints").iterdir()} == before
@@ -231,7 +235,8 @@ def test_schedule():
 def test_optimizer_groups(parts, workplace):
     config = train.config_from_arguments(train.build_parser().parse_args(arguments(parts)))
     encoder, head = train.TextEncoder(config), train.ProjectionHead(32, 8, 4)
-    groups = build_optimizer(config, encoder, head).param_groups
+    temperature = Temperature(0.07, learnt=False)
+    groups = build_optimizer(config, encoder, [(head, temperature)]).param_groups
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
         ("head", 1e-2, 0.1),
         ("head", 1e-2, 0.0),

@@ -42,8 +42,9 @@ class AudioBank:
     ):
         device = projection.mean.device
         self._vectors, self._projection = vectors, projection
+        self.source_numbers = source  # on the host, so that no step waits for the device to look something up
         self.source = torch.from_numpy(source).to(device)
-        self.copies = torch.bincount(self.source)[self.source]
+        self.copies = torch.from_numpy(np.bincount(source)[source]).to(device)
         self.nbytes = len(vectors) * vectors.dim * dtype.itemsize
         self.place = place or bank_place(self.nbytes, device)
         self._held = None
@@ -51,20 +52,21 @@ class AudioBank:
             return
         where = {"device": device} if self.place == "device" else {"pin_memory": True}
         self._held = torch.empty(len(vectors), vectors.dim, dtype=dtype, **where)
-        for start, stop in self._spans():
+        for start, stop in self.spans():
             self._held[start:stop] = projection.standardise_audio(vectors.block(start, stop))
 
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """First row and end of each tile."""
         step = max(1, TILE_ELEMENTS // self._vectors.dim)
         for start in range(0, len(self), step):
             yield start, min(start + step, len(self))
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, (rows, dim) unit vectors on the head's device and in its float type) until all were given."""
-        for start, stop in self._spans():
+        for start, stop in self.spans():
             if self._held is None:
                 yield start, self._projection.standardise_audio(self._vectors.block(start, stop))
             else:
@@ -82,7 +84,7 @@ def build_bank(
 
 def bank_loss(
     text: Tensor,
-    rows: Tensor,
+    rows: np.ndarray,
     bank: AudioBank,
     temperature: float | Tensor,
     label_smoothing: float = 0.0,
@@ -107,6 +109,10 @@ def _sweep(text, rows, bank, temperature, label_smoothing, same_source) -> tuple
 
     The softmax's mean is kept relative to the highest score so far, as in online softmax (Milakov and Gimelshein 2018).
     """
+    # the few columns whose share of the target is not the even one
+    near = np.flatnonzero(np.isin(bank.source_numbers, bank.source_numbers[rows]))
+    near_of = iter(np.split(near, np.searchsorted(near, [stop for _, stop in bank.spans()])))
+    rows = torch.from_numpy(rows).to(text.device, non_blocking=True)
     source, copies = bank.source[rows], bank.copies[rows].to(text.dtype)
     positives = copies if same_source == "positive" else torch.ones_like(copies)
     allowed = len(bank) - copies + 1 if same_source == "mask" else torch.full_like(copies, len(bank))
@@ -124,7 +130,7 @@ def _sweep(text, rows, bank, temperature, label_smoothing, same_source) -> tuple
         weight = torch.exp(scores - highest[:, None])
         total = total * shrink + weight.sum(1)
         expected.mul_(shrink[:, None]).addmm_(weight, audio)
-        near = same.any(0).nonzero().squeeze(1)  # the few columns whose share of the target is not the even one
+        near = torch.from_numpy(next(near_of) - start).to(text.device, non_blocking=True)
         share = (same if same_source == "positive" else own)[:, near] * ((1 - label_smoothing) / positives)[:, None]
         if label_smoothing:
             target += (label_smoothing / allowed)[:, None] * audio.sum(0)

@@ -96,8 +96,8 @@ def ridge_metrics(
     """
     size = validation.config.batch_size
     with _frozen(text_encoder):
-        ridge = fit_ridge(embed_captions(text_encoder, tokens, size), captions, vectors, head)
-        texts = {each: embed_captions(text_encoder, each.tokens, size) for each in (validation, test)}
+        ridge = fit_ridge(embed_captions(text_encoder, tokens, size, test.processes), captions, vectors, head)
+        texts = {each: embed_captions(text_encoder, each.tokens, size, test.processes) for each in (validation, test)}
 
     def metrics(evaluator: Evaluator, penalty: float) -> dict[str, float]:
         chosen = replace(ridge, penalty=penalty * ridge.eigenvalues.mean().item())

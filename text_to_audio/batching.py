@@ -64,14 +64,14 @@ class TokenCache:
         self._flat = np.concatenate(rows) if rows else np.zeros(0, np.int32)
         self._pad_token = text_encoder.pad_token
 
-    def padded(self, captions: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask (batch, longest) of these captions."""
+    def padded(self, captions: np.ndarray) -> Tensor:
+        """Token ids and attention mask of these captions, (2, batch, longest) int64: one tensor, so one copy."""
         lengths = self.lengths[captions][:, None]
         position = np.arange(lengths.max())
         mask = position < lengths
         ids = self._flat[self._starts[captions][:, None] + np.minimum(position, lengths - 1)].astype(np.int64)
         ids[~mask] = self._pad_token
-        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+        return torch.from_numpy(np.stack((ids, mask)))
 
 
 def source_numbers(split: Split) -> np.ndarray:

@@ -10,6 +10,8 @@ from text_to_audio.errors import UserError
 from text_to_audio.store_writing import publish
 from text_to_audio.text_model import ProjectionHead, TextEncoder
 
+MODEL = {"config", "text_encoder_state_dict", "projection_state_dict"}
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder where it is missing; `UserError` where that cannot be."""
@@ -22,8 +24,8 @@ def make_folder(folder: Path) -> None:
 
 
 def checkpoint_path(config: TrainingConfig, which: str) -> Path:
-    """Path of an encoder's checkpoint: `which` is "best_r1", "best_loss" or "last"."""
-    return Path(config.checkpoint_dir) / f"{config.audio_encoder}_{which}.pt"
+    """Path of a run's checkpoint: `which` is "best_r1", "best_loss" or "last"."""
+    return Path(config.checkpoint_dir) / f"{config.run_name}_{which}.pt"
 
 
 def model_state(config: TrainingConfig, text_encoder: TextEncoder, projection: ProjectionHead) -> dict:
@@ -62,8 +64,11 @@ def _reason(error: Exception) -> str:
     return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint, on the CPU; `UserError` where it is missing, cut off or something else."""
+def read_checkpoint(path: str | Path, needed: set[str] = MODEL) -> dict:
+    """The contents of a checkpoint, on the CPU; `UserError` where it is missing, cut off or something else.
+
+    needed: what must be in it, by default what it takes to use the model.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint written by train.py")
@@ -74,7 +79,11 @@ def read_checkpoint(path: str | Path) -> dict:
             f"{path}: expected a checkpoint written by train.py, found a file that torch cannot load "
             f"({(str(error).splitlines() or [type(error).__name__])[0]})"
         ) from error
-    needed = {"config", "text_encoder_state_dict", "projection_state_dict"}
+    if isinstance(contents, dict) and "spaces" in contents and needed - contents.keys() == {"projection_state_dict"}:
+        names = ", ".join(f"{name}_best_r1.pt" for name in contents["spaces"])
+        raise UserError(
+            f"{path}: expected the checkpoint of one audio space, such as {names}; a joint run goes on from it"
+        )
     if not isinstance(contents, dict) or not needed <= contents.keys():
         raise UserError(f"{path}: expected a checkpoint with {', '.join(sorted(needed))}, found another file")
     return contents

@@ -22,7 +22,8 @@ class TrainingConfig:
     """
 
     audio_encoder: str
-    """audio space to train for: latent, muq or mert, as the store holds it"""
+    """audio space to train for: latent, muq or mert, as the store holds it; several names train one text encoder with a
+    head for each (joint training)"""
     data_path: str = "data/musicbench_embeddings/embeddings.h5"
     """store of audio vectors and captions, written by prepare_dataset.py"""
     checkpoint_dir: str = "checkpoints"
@@ -83,6 +84,8 @@ class TrainingConfig:
     text_negatives: Literal["micro", "batch"] = "micro"
     """texts a recording is compared with: its own forward pass's, or the whole effective batch's, for which each text
     is run twice (gradient caching)"""
+    text_queue: int = 0
+    """a recording is also compared with so many texts of the steps before, as they were embedded then (no gradient)"""
     same_source: Literal["mask", "positive"] = "mask"
     """other recordings of a text's source in the bank: left out, or right answers too. A batch has none"""
     caption_dropout: float = 0.0
@@ -96,6 +99,10 @@ class TrainingConfig:
     """arithmetic of the text encoder; auto: bf16 on CUDA, fp32 elsewhere. LoRA and the head are always float32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """recompute activations in the backward pass to save memory; auto: on CUDA"""
+    compile: bool = False
+    """compile the text encoder with torch.compile; the first steps then take minutes"""
+    num_workers: int = 1
+    """threads that get the next steps' tokens and audio vectors ready; 0: the training does it itself"""
     device: str = "auto"
     """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N"""
     seed: int = 42
@@ -106,8 +113,18 @@ class TrainingConfig:
     """also save NAME_last.pt after every so many optimizer steps; 0: at the end of each epoch alone"""
 
     @property
+    def audio_encoders(self) -> tuple[str, ...]:
+        """The names of the audio spaces: one, or several in joint training."""
+        return tuple(self.audio_encoder.split())
+
+    @property
+    def run_name(self) -> str:
+        """What the run's own files are called: the audio space, or "joint"."""
+        return self.audio_encoder if len(self.audio_encoders) == 1 else "joint"
+
+    @property
     def effective_batch_size(self) -> int:
-        """Captions per optimizer step."""
+        """Captions per optimizer step, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
@@ -161,7 +178,10 @@ _RANGES = {
     ),
     "at least 8": (lambda value: value >= 8, "max_length"),
     "more than 0": (lambda value: 0 < value < float("inf"), "lr temperature lora_alpha"),
-    "0 or more": (lambda value: 0 <= value < float("inf"), "text_lr weight_decay warmup_steps seed save_every_steps"),
+    "0 or more": (
+        lambda value: 0 <= value < float("inf"),
+        "text_lr weight_decay warmup_steps seed save_every_steps text_queue num_workers",
+    ),
     "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing caption_dropout"),
     "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),
 }
@@ -179,6 +199,9 @@ def _range_faults(config: TrainingConfig) -> list[str]:
     compared = config.batch_size if micro else config.effective_batch_size
     if compared == 1 and config.audio_negatives != "bank":
         faults.append("expected at least 2 captions to compare, found a batch of 1")
+    twice = sorted({name for name in config.audio_encoders if config.audio_encoders.count(name) > 1})
+    if twice:
+        faults.append(f"expected each audio_encoder once, found {', '.join(twice)} more than once")
     low, high = Temperature.RANGE
     if config.learn_temperature and not low <= config.temperature <= high:
         faults.append(f"expected temperature to be from {low:g} to {high:g} to be learnt, found {config.temperature!r}")
@@ -221,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             continue
         flag = "--" + each.name.replace("_", "-")
         if each.name == "audio_encoder":
-            parser.add_argument(flag, required=True, metavar="NAME", help=texts[each.name])
+            parser.add_argument(flag, required=True, nargs="+", metavar="NAME", help=texts[each.name])
             continue
         if each.type is bool:
             parser.add_argument(flag, action="store_true", default=each.default, help=texts[each.name])
@@ -237,6 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:
     """The checked config of a parsed command line; every fault in one `UserError`."""
     names = {each.name for each in fields(TrainingConfig)}
-    config = TrainingConfig(**{name: value for name, value in vars(arguments).items() if name in names})
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    config = TrainingConfig(**{**values, "audio_encoder": " ".join(values["audio_encoder"])})
     config.check()
     return config

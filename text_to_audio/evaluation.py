@@ -19,6 +19,7 @@ from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
 from text_to_audio.losses import audio_to_text_loss, contrastive_loss, symmetric_loss
 from text_to_audio.metrics import retrieval_metrics
+from text_to_audio.processes import ALONE, Processes
 from text_to_audio.store import EmbeddingStore, Split
 from text_to_audio.text_model import ProjectionHead, TextEncoder
 
@@ -82,29 +83,43 @@ def split_gallery(store: EmbeddingStore, split: str) -> Gallery:
 
 
 @torch.no_grad()
-def embed_captions(text_encoder: TextEncoder, tokens: TokenCache, batch_size: int) -> Tensor:
-    """Sentence embeddings of every cached caption in order, (captions, text_dim) float32 on the CPU."""
+def embed_captions(
+    text_encoder: TextEncoder, tokens: TokenCache, batch_size: int, processes: Processes = ALONE
+) -> Tensor:
+    """Sentence embeddings of every cached caption in order, (captions, text_dim) float32 on the CPU.
+
+    The processes share the work, and all have the whole.
+    """
     every = np.arange(len(tokens.lengths))
-    embeddings = torch.empty(len(every), text_encoder.dim)
-    for part in micro_batches(every, tokens.lengths, batch_size):
-        embeddings[part] = text_encoder.encode(*tokens.padded(part)).cpu()
+    embeddings = torch.zeros(len(every), text_encoder.dim)
+    for part in processes.own(micro_batches(every, tokens.lengths, batch_size)):
+        embeddings[part] = text_encoder.encode(tokens.padded(part)).cpu().to(embeddings.dtype)
+    processes.sum([embeddings])
     return embeddings
 
 
 @torch.no_grad()
-def caption_scores(text: Tensor, projection: ProjectionHead, vectors: AudioVectors, rows: np.ndarray) -> Tensor:
+def caption_scores(
+    text: Tensor,
+    projection: ProjectionHead,
+    vectors: AudioVectors,
+    rows: np.ndarray,
+    processes: Processes = ALONE,
+) -> Tensor:
     """Cosines of captions and recordings, (captions, recordings) float32 on the CPU.
 
     text: (captions, text_dim) sentence embeddings. Neither side is projected or standardised whole: at 76,800
-    dimensions that would be gigabytes, so that both go through in tiles.
+    dimensions that would be gigabytes, so that both go through in tiles. The processes share the tiles of captions.
     """
     step = max(1, _TILE_ELEMENTS // projection.audio_dim)
-    scores = torch.empty(len(text), len(rows))
-    for i in range(0, len(text), step):
-        features = projection.project_text(text[i : i + step])
+    own_step = max(1, min(step, -(-len(text) // processes.count)))
+    scores = torch.zeros(len(text), len(rows))
+    for i in processes.own(range(0, len(text), own_step)):
+        features = projection.project_text(text[i : i + own_step])
         for j in range(0, len(rows), step):
             audio = projection.standardise_audio(vectors[rows[j : j + step]])
-            scores[i : i + step, j : j + step] = (features @ audio.T).cpu()
+            scores[i : i + own_step, j : j + step] = (features @ audio.T).cpu()
+    processes.sum([scores])
     return scores
 
 
@@ -150,36 +165,58 @@ def gallery_loss(
 
 
 class Evaluator:
-    """Measures a text encoder and head on one split; tokens are made once."""
+    """Measures a text encoder and head on one split; tokens are made once, or are another evaluator's of the split.
 
-    def __init__(self, text_encoder: TextEncoder, store: EmbeddingStore, split: str, config: TrainingConfig):
-        self.config = config
+    The processes share the work and all return the same.
+    """
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        store: EmbeddingStore,
+        split: str,
+        config: TrainingConfig,
+        processes: Processes = ALONE,
+        tokens: TokenCache | None = None,
+    ):
+        self.config, self.processes = config, processes
         self.gallery = split_gallery(store, split)
-        self.tokens = TokenCache(text_encoder, self.gallery.captions.captions)
+        self.tokens = tokens or TokenCache(text_encoder, self.gallery.captions.captions)
         self.vectors = AudioVectors(store, split, config.audio_encoder)
         audio_id = store.split(split).audio_id
         self.audio_id = [audio_id[row] for row in self.gallery.rows]
         self.latest: Tensor | None = None  # the scores of the last `measure`, for whoever shows examples of them
 
-    def scores(self, text_encoder: TextEncoder, projection: ProjectionHead) -> Tensor:
-        """Cosines (captions, recordings) in evaluation mode; the modes are put back."""
-        training = text_encoder.training, projection.training
+    def embed(self, text_encoder: TextEncoder) -> Tensor:
+        """Sentence embeddings of the gallery's captions in evaluation mode; the mode is put back."""
+        training = text_encoder.training
         text_encoder.eval()
+        text = embed_captions(text_encoder, self.tokens, self.config.batch_size, self.processes)
+        text_encoder.train(training)
+        return text
+
+    def scores(self, text: Tensor, projection: ProjectionHead) -> Tensor:
+        """Cosines (captions, recordings) of sentence embeddings in evaluation mode; the mode is put back."""
+        training = projection.training
         projection.eval()
-        text = embed_captions(text_encoder, self.tokens, self.config.batch_size)
-        scores = caption_scores(text, projection, self.vectors, self.gallery.rows)
-        text_encoder.train(training[0])
-        projection.train(training[1])
+        scores = caption_scores(text, projection, self.vectors, self.gallery.rows, self.processes)
+        projection.train(training)
         return scores
 
     def measure(
-        self, text_encoder: TextEncoder, projection: ProjectionHead, temperature: float | None = None
+        self,
+        text_encoder: TextEncoder,
+        projection: ProjectionHead,
+        temperature: float | None = None,
+        text: Tensor | None = None,
     ) -> dict[str, float]:
         """The metrics of the split, and "loss", the training loss over fixed batches.
 
-        temperature: where it is learnt, what it is by now; None is the config's.
+        temperature: where it is learnt, what it is by now; None is the config's. text: what `embed` gave, where the
+        same captions are measured in several spaces.
         """
-        self.latest = scores = self.scores(text_encoder, projection)
+        text = self.embed(text_encoder) if text is None else text
+        self.latest = scores = self.scores(text, projection)
         metrics = gallery_metrics(scores, self.gallery)
         temperature = temperature or self.config.temperature
         loss = gallery_loss(scores, self.gallery, self.tokens.lengths, self.config, temperature)

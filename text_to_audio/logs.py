@@ -17,8 +17,10 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record))
 
 
-def start_log(name: str, path: str | Path) -> logging.Logger:
+def start_log(name: str, path: str | Path, quiet: bool = False) -> logging.Logger:
     """Return the logger `name`, which prints to the console and appends to the file `path`.
+
+    quiet: write nothing below an error, for a process whose lines another one writes too.
 
     The console shows INFO and above, the file everything, each line with the time and the process. The file is
     opened for appending, so a second process adds to it and truncates nothing. Calling it again replaces the
@@ -37,6 +39,6 @@ def start_log(name: str, path: str | Path) -> logging.Logger:
     file.setFormatter(logging.Formatter(LINE))
     for handler in (console, file):
         logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+    logger.setLevel(logging.ERROR if quiet else logging.DEBUG)
     logger.propagate = False
     return logger

@@ -59,23 +59,38 @@ def symmetric_loss(
     if sizes is None:
         text_to_audio = contrastive_loss(similarity, target, temperature, label_smoothing)
     else:
-        text_to_audio = _loss_in_groups(similarity[:, target], sizes, temperature, label_smoothing)
+        text_to_audio = loss_in_groups(similarity[:, target], sizes, temperature, label_smoothing)
     return (text_to_audio + audio_to_text_loss(similarity, target, temperature, label_smoothing)) / 2
 
 
 def audio_to_text_loss(
-    similarity: Tensor, target: Tensor, temperature: float | Tensor, label_smoothing: float = 0.0
+    similarity: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    label_smoothing: float = 0.0,
+    queued: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Mean InfoNCE of the texts' own recordings against the texts.
 
-    similarity: (texts, recordings). target: (texts,) the column of each text's recording.
+    similarity: (texts, recordings). target: (texts,) the column of each text's recording. queued: (texts, Q) cosines of
+    these recordings with Q texts more, and (texts, Q) bool, which of those are of the recording's source: left out.
     """
     own = torch.arange(len(target), device=similarity.device)
-    return contrastive_loss(similarity[:, target].T, own, temperature, label_smoothing)
+    by_audio = similarity[:, target].T
+    if queued is None:
+        return contrastive_loss(by_audio, own, temperature, label_smoothing)
+    cosines, same = queued
+    left_out = torch.cat([torch.zeros_like(by_audio, dtype=torch.bool), same], dim=1)
+    return contrastive_loss(torch.cat([by_audio, cosines], dim=1), own, temperature, label_smoothing, left_out)
 
 
-def _loss_in_groups(similarity: Tensor, sizes: list[int], temperature: float | Tensor, label_smoothing: float):
-    """Mean InfoNCE over texts of which each sees the columns of its own group: (texts, their recordings)."""
+def loss_in_groups(
+    similarity: Tensor, sizes: list[int], temperature: float | Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean InfoNCE over texts of which each sees the columns of its own group alone.
+
+    similarity: (texts, their recordings). sizes: texts of each of the consecutive groups.
+    """
     total, start = 0.0, 0
     for size in sizes:
         group = similarity[start : start + size, start : start + size]
@@ -83,27 +98,6 @@ def _loss_in_groups(similarity: Tensor, sizes: list[int], temperature: float | T
         total = total + size * contrastive_loss(group, own, temperature, label_smoothing)
         start += size
     return total / start
-
-
-def in_batch_loss(
-    text: Tensor,
-    audio: Tensor,
-    own: Tensor,
-    audio_negatives: str,
-    temperature: float | Tensor,
-    label_smoothing: float,
-    sizes: list[int] | None = None,
-) -> Tensor:
-    """Symmetric InfoNCE of texts against recordings of their effective batch.
-
-    text: (texts, dim) unit vectors. audio: (recordings, dim) unit vectors of the whole effective batch. own: (texts,)
-    row of each text's recording. audio_negatives "batch": every text sees all of them; "micro": only those of its
-    micro-batch. sizes: texts of each micro-batch, one after the other; None: all are of one.
-    """
-    if audio_negatives == "batch":
-        return symmetric_loss(text @ audio.T, own, temperature, label_smoothing)
-    target = torch.arange(len(own), device=own.device)
-    return symmetric_loss(text @ audio[own].T, target, temperature, label_smoothing, sizes)
 
 
 class Temperature(nn.Module):

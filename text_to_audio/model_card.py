@@ -8,7 +8,6 @@ from transformers import AutoConfig
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
 from text_to_audio.hub import fetch_model_folder
-from text_to_audio.store import read_header
 from text_to_audio.summary import FILE_NAME, read_summary
 from text_to_audio.text_model import _pooling, _prefix
 
@@ -51,9 +50,9 @@ compared with recordings by cosine. Epoch {contents.get("epoch", "not recorded")
 
 | part | id | revision |
 |---|---|---|
-| text encoder | `{config.text_model}` | not recorded |
+| text encoder | `{config.text_model}` | {contents.get("text_model_revision") or "not recorded"} |
 | audio encoder | `{space.get("id", "not recorded")}` | {space.get("revision") or "not recorded"} |
-| data set | {_dataset(config)} |
+| data set | {_dataset(contents)} |
 
 Recipe of the audio vectors: {space.get("recipe", "not recorded")}. Vectors of other recipes do not match.
 
@@ -99,11 +98,9 @@ def _snippet(config: TrainingConfig) -> str:
     )
 
 
-def _dataset(config: TrainingConfig) -> str:
-    if not Path(config.data_path).is_file():
-        return "not recorded | not recorded"
-    header = read_header(config.data_path)
-    return f"{header.dataset} | {header.revision or 'not recorded'}"
+def _dataset(contents: dict) -> str:
+    dataset = contents.get("dataset", {})
+    return f"{dataset.get('name', 'not recorded')} | {dataset.get('revision') or 'not recorded'}"
 
 
 def _test_metrics(contents: dict, config: TrainingConfig, checkpoint: Path) -> dict:

@@ -1,4 +1,4 @@
-"""What a text and a recording are told apart from: micro-batch, effective batch or bank, as the config says."""
+"""What a text and a recording are told apart from: micro-batch, effective batch, bank and queue, as the config says."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,55 @@ from torch import Tensor
 
 from text_to_audio.bank import AudioBank, bank_loss
 from text_to_audio.config import TrainingConfig
-from text_to_audio.losses import audio_to_text_loss, in_batch_loss
+from text_to_audio.losses import audio_to_text_loss, contrastive_loss, loss_in_groups
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The recordings of one effective batch of B captions, and the bank where there is one.
+    """The recordings of one effective batch of B captions, and what they have besides in this space.
 
-    audio: (B, dim) unit vectors. rows: (B,) the recordings' rows in the train split.
+    audio: (B, dim) unit vectors. rows: (B,) the recordings' rows in the train split. bank: where there is one.
+    queued: (Q, dim) unit vectors of earlier texts, and (B, Q) bool, which of them are of the recording's source.
     """
 
     audio: Tensor
     rows: np.ndarray
     bank: AudioBank | None = None
+    queued: tuple[Tensor, Tensor] | None = None
+
+
+class TextQueue:
+    """The sentence embeddings of the last texts that were trained on, as they were then: cross-batch memory.
+
+    Wang et al. (2020): weights move slowly, so that old embeddings are still good negatives. embeddings: (Q, text_dim),
+    the newest last. source: (Q,) a number per source. At most `size` are kept.
+    """
+
+    def __init__(self, size: int, text_dim: int, device: torch.device):
+        self.size = size
+        self.embeddings = torch.zeros(0, text_dim, device=device)
+        self.source = np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def blank(self) -> Tensor:
+        """Embeddings of nothing, (0, text_dim), on the device of all others."""
+        return self.embeddings[:0]
+
+    def add(self, embeddings: Tensor, source: np.ndarray) -> None:
+        """Put texts at the end; the oldest leave."""
+        self.embeddings = torch.cat([self.embeddings, embeddings.detach()])[-self.size :]
+        self.source = np.concatenate([self.source, source])[-self.size :]
+
+    def state(self) -> dict:
+        """Plain values for a checkpoint."""
+        return {"embeddings": self.embeddings.cpu(), "source": torch.from_numpy(self.source)}
+
+    def restore(self, state: dict) -> None:
+        """Put `state` back."""
+        self.embeddings, self.source = state["embeddings"].to(self.embeddings.device), state["source"].numpy()
 
 
 def contrastive_objective(
@@ -29,17 +65,25 @@ def contrastive_objective(
     """Symmetric InfoNCE of texts with the negatives of the config.
 
     text: (texts, dim) unit vectors of the micro-batches `parts`, one after the other, each an array of its captions'
-    positions in the effective batch. Audio -> text compares these texts' recordings with these texts; text -> audio
-    has what `audio_negatives` says.
+    positions in the effective batch. Audio -> text compares these texts' recordings with these texts, and with the
+    queue's; text -> audio has what `audio_negatives` says.
     """
     positions = np.concatenate(parts)
-    own = torch.from_numpy(positions).to(text.device)
-    smoothing = config.label_smoothing
-    if config.audio_negatives != "bank":
-        sizes = [len(part) for part in parts]
-        return in_batch_loss(text, candidates.audio, own, config.audio_negatives, temperature, smoothing, sizes)
-    rows = torch.from_numpy(candidates.rows[positions]).to(text.device)
-    text_to_audio = bank_loss(text, rows, candidates.bank, temperature, smoothing, config.same_source)
-    similarity = text @ candidates.audio[own].T
-    target = torch.arange(len(own), device=text.device)
-    return (text_to_audio + audio_to_text_loss(similarity, target, temperature, smoothing)) / 2
+    own = torch.from_numpy(positions).to(text.device, non_blocking=True)
+    every = torch.arange(len(own), device=text.device)
+    own_audio, smoothing = candidates.audio[own], config.label_smoothing
+    if config.audio_negatives == "batch":
+        similarity, target = text @ candidates.audio.T, own
+        text_to_audio = contrastive_loss(similarity, target, temperature, smoothing)
+    else:
+        similarity, target = text @ own_audio.T, every
+        if config.audio_negatives == "micro":
+            text_to_audio = loss_in_groups(similarity, [len(part) for part in parts], temperature, smoothing)
+        else:
+            rows = candidates.rows[positions]
+            text_to_audio = bank_loss(text, rows, candidates.bank, temperature, smoothing, config.same_source)
+    queued = None
+    if candidates.queued is not None:
+        queued = own_audio @ candidates.queued[0].T, candidates.queued[1][own]
+    audio_to_text = audio_to_text_loss(similarity, target, temperature, smoothing, queued)
+    return (text_to_audio + audio_to_text) / 2

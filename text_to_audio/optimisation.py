@@ -1,6 +1,7 @@
 """AdamW's groups, the learning-rate schedule, and how long gradients are."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -16,18 +17,20 @@ ENOUGH = {"lr": 0.05, "text_lr": 0.005}
 
 
 def build_optimizer(
-    config: TrainingConfig, text_encoder: nn.Module, projection: nn.Module, temperature: nn.Module | None = None
+    config: TrainingConfig, text_encoder: nn.Module, heads: Iterable[tuple[nn.Module, nn.Module]]
 ) -> AdamW:
-    """AdamW over head and LoRA with their own rates; vectors (biases, norms) are not decayed.
+    """AdamW over heads and LoRA with their own rates; vectors (biases, norms) are not decayed.
 
-    A temperature that is learnt has the head's rate.
+    heads: (projection, temperature) of each audio space. A temperature that is learnt has the head's rate.
     """
+    projections, temperatures = zip(*heads, strict=True)
     groups = []
-    modules = [("head", projection, config.lr), ("lora", text_encoder, config.text_lr)]
-    if temperature is not None:
-        modules.append(("temperature", temperature, config.lr))
-    for name, module, rate in modules:
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for name, modules, rate in (
+        ("head", projections, config.lr),
+        ("lora", [text_encoder], config.text_lr),
+        ("temperature", temperatures, config.lr),
+    ):
+        trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
         for decay in (True, False):
             chosen = [parameter for parameter in trained if (parameter.ndim > 1) == decay]
             if chosen:
@@ -74,15 +77,16 @@ def schedule_warnings(config: TrainingConfig, total_steps: int) -> list[str]:
     return warnings
 
 
-def gradient_norms(text_encoder: nn.Module, projection: nn.Module) -> dict[str, float]:
-    """Length of the gradient: of the head, of all LoRA weights, and of each linear layer's LoRA pair."""
+def gradient_norms(text_encoder: nn.Module, heads: dict[str, nn.Module]) -> dict[str, float]:
+    """Length of the gradient: of all LoRA weights, of each linear layer's LoRA pair, and of each head, "head/NAME"."""
     modules: dict[str, list[torch.Tensor]] = {}
     for name, parameter in text_encoder.named_parameters():
         if parameter.grad is not None:
             module = name.split(".lora_")[0].removeprefix("model.base_model.model.")
             modules.setdefault(f"lora/{module}", []).append(parameter.grad)
-    modules["head"] = [each.grad for each in projection.parameters() if each.grad is not None]
+    for name, head in heads.items():
+        modules[f"head/{name}"] = [each.grad for each in head.parameters() if each.grad is not None]
     squares = torch.stack([sum(grad.square().sum() for grad in grads) for grads in modules.values()])
     squares = dict(zip(modules, squares.tolist(), strict=True))  # one transfer from the device
-    total = math.sqrt(sum(value for name, value in squares.items() if name != "head"))
+    total = math.sqrt(sum(value for name, value in squares.items() if name.startswith("lora/")))
     return {"lora": total, **{name: math.sqrt(value) for name, value in squares.items()}}

@@ -1,32 +1,31 @@
-"""Going on with a run: what {encoder}_last.pt holds besides the weights, which one is taken, what must agree."""
+"""Going on with a run: how far it is, which checkpoint is taken, what must agree, what is put aside."""
 
 import hashlib
 import shlex
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from logging import Logger
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
-from text_to_audio.checkpoints import checkpoint_path, read_checkpoint, restore_weights, save_checkpoint
+from text_to_audio.checkpoints import checkpoint_path, read_checkpoint, save_checkpoint
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
-from text_to_audio.losses import Temperature
 from text_to_audio.store import EmbeddingStore
 from text_to_audio.summary import FILE_NAME, read_summary
-from text_to_audio.text_model import ProjectionHead, TextEncoder
 
 # settings that do not change what is learnt in the steps that are left, or only how many these are
 MAY_CHANGE = {
     "data_path", "checkpoint_dir", "log_dir", "resume", "save_every_steps", "device", "gradient_checkpointing",
-    "epochs", "patience", "baseline",
+    "epochs", "patience", "baseline", "compile", "num_workers",
 }  # fmt: skip
 MEASURED = {"text_dim", "audio_dim"}  # of the model and the store, which are compared themselves
-NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progress", "best", "step", "points"}
+NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progress", "spaces", "step", "queue"}
+PARTS = ("best_r1", "best_loss", "last")  # of each audio space
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Progress:
     """How far a run is: epochs that are done, validation included, and what of the next one is.
 
     started: the time that names the run. data: `data_digest` of its store. batches: done of the next epoch's plan;
-    captions: in them; loss: the sum of their losses.
+    captions: in them; losses: the sums of their losses, one per audio space, a tensor that stays on the device.
     """
 
     started: str
@@ -51,16 +50,21 @@ class Progress:
     epoch: int = 0
     batches: int = 0
     captions: int = 0
-    loss: float = 0.0
+    losses: Tensor | float = 0.0
 
     @classmethod
-    def of(cls, store: EmbeddingStore, encoder: str) -> "Progress":
+    def of(cls, store: EmbeddingStore, encoders: tuple[str, ...]) -> "Progress":
         """That of a run which begins now."""
-        return cls(datetime.now().isoformat(timespec="milliseconds"), data_digest(store, encoder))
+        return cls(datetime.now().isoformat(timespec="milliseconds"), data_digest(store, encoders))
 
-    def add(self, captions: int, loss: float) -> None:
-        """Count a step's captions and their mean loss."""
-        self.batches, self.captions, self.loss = self.batches + 1, self.captions + captions, self.loss + captions * loss
+    def add(self, captions: int, losses: Tensor) -> None:
+        """Count a step's captions and their mean losses (spaces,)."""
+        self.batches, self.captions = self.batches + 1, self.captions + captions
+        self.losses = self.losses + captions * losses.double()
+
+    def mean_losses(self) -> list[float]:
+        """The mean loss per caption so far in each space; waits for the device."""
+        return (torch.as_tensor(self.losses) / self.captions).tolist()
 
     def after_epoch(self, epoch: int) -> "Progress":
         """That of the same run at an epoch's end."""
@@ -76,8 +80,8 @@ class Checkpoint:
     config: TrainingConfig
 
 
-def data_digest(store: EmbeddingStore, encoder: str) -> str:
-    """A digest of what a run reads: recordings, sources and captions in order, and the space's statistics.
+def data_digest(store: EmbeddingStore, encoders: tuple[str, ...]) -> str:
+    """A digest of what a run reads: recordings, sources and captions in order, and the spaces' statistics.
 
     The vectors themselves are gigabytes; others would have another mean.
     """
@@ -87,33 +91,15 @@ def data_digest(store: EmbeddingStore, encoder: str) -> str:
         for column in (split.audio_id, split.source_id, split.caption):
             digest.update("\0".join([*column, "\n"]).encode())
         digest.update(np.asarray(split.caption_audio, np.int64).tobytes())
-    for values in store.statistics(encoder):
-        digest.update(np.ascontiguousarray(values).tobytes())
+    for encoder in encoders:
+        for values in store.statistics(encoder):
+            digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()[:16]
 
 
 def previous_path(last: Path) -> Path:
     """Where the checkpoint before `last` is kept: muq_last.pt -> muq_last.prev.pt."""
     return last.with_name(f"{last.stem}.prev{last.suffix}")
-
-
-def training_state(optimizer: AdamW, schedule: LambdaLR, progress: Progress, best: Best, device: torch.device) -> dict:
-    """What going on needs besides weights and step. Plain types, tensors on the CPU."""
-    moments = optimizer.state_dict()
-    moments["state"] = {
-        number: {name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()}
-        for number, state in moments["state"].items()
-    }
-    random = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device)
-    return {
-        "optimizer_state_dict": moments,
-        "schedule_state_dict": schedule.state_dict(),
-        "random_state": random,
-        "progress": asdict(progress),
-        "best": {"r1": list(best.r1), "r1_epoch": best.r1_epoch, "loss": best.loss},
-    }
 
 
 class LastCheckpoint:
@@ -156,14 +142,24 @@ def find_checkpoint(config: TrainingConfig, log: Logger) -> Checkpoint | None:
             f"warning: the run began with --epochs {found.config.epochs}; with {config.epochs} the learning rate goes "
             f"on along a longer or shorter curve, which is not the one of a run of {config.epochs} from the start"
         )
-    best = checkpoint_path(config, "best_r1")
-    if found.contents["best"]["r1_epoch"] and not best.exists():
-        raise UserError(f"{found.path}: its run needs its best checkpoint {best}, which is missing")
+    _check_best(found, config)
     return found
 
 
+def _check_best(found: Checkpoint, config: TrainingConfig) -> None:
+    """The best checkpoints are tested when the run ends, so they must be there and of this run."""
+    for name, space in found.contents["spaces"].items():
+        path = Path(config.checkpoint_dir) / f"{name}_best_r1.pt"
+        if not space["best"]["r1_epoch"]:
+            continue
+        if not path.exists():
+            raise UserError(f"{found.path}: its run needs its best checkpoint {path}, which is missing")
+        if read_checkpoint(path).get("started") != found.contents["progress"]["started"]:
+            raise UserError(f"{found.path}: its run needs its best checkpoint {path}, which is another run's")
+
+
 def _read(path: Path) -> Checkpoint:
-    contents = read_checkpoint(path)
+    contents = read_checkpoint(path, {"config"})
     if missing := sorted(NEEDED - contents.keys()):
         raise UserError(f"{path}: expected a checkpoint to go on from ({{encoder}}_last.pt), found none of {missing}")
     return Checkpoint(path, contents, TrainingConfig.from_dict(contents["config"], str(path)))
@@ -180,61 +176,43 @@ def _check_settings(found: Checkpoint, config: TrainingConfig) -> None:
         raise UserError(f"{found.path}: cannot go on with other settings: {'; '.join(other)}")
 
 
-def check_data(found: Checkpoint, store: EmbeddingStore, encoder: str) -> None:
+def check_data(found: Checkpoint, store: EmbeddingStore) -> None:
     """Raise `UserError` where the store is not the one the run was trained on; it may have been moved."""
-    before, space = found.contents["audio_space"], store.encoders[encoder]
-    other = [f"{key} was {before.get(key)!r} and is {space[key]!r}" for key in space if before.get(key) != space[key]]
-    if other:
-        raise UserError(f"{found.path}: cannot go on in another audio space than {store.path} has: {'; '.join(other)}")
-    if found.contents["progress"]["data"] != data_digest(store, encoder):
+    for name, contents in found.contents["spaces"].items():
+        before, space = contents["audio_space"], store.encoders[name]
+        other = [
+            f"{key} was {before.get(key)!r} and is {space[key]!r}" for key in space if before.get(key) != space[key]
+        ]
+        if other:
+            raise UserError(
+                f"{found.path}: cannot go on in another audio space than {store.path} has: {'; '.join(other)}"
+            )
+    if found.contents["progress"]["data"] != data_digest(store, found.config.audio_encoders):
         raise UserError(
             f"{found.path}: cannot go on with other data: {store.path} has not the recordings, captions or vectors "
             f"that the run began with"
         )
 
 
-def restore(
-    found: Checkpoint,
-    text_encoder: TextEncoder,
-    projection: ProjectionHead,
-    temperature: Temperature,
-    optimizer: AdamW,
-    schedule: LambdaLR,
-) -> tuple[Progress, Best]:
-    """Put weights, optimizer, schedule and random states back; returns how far the run was.
-
-    Rates follow from the present schedule, so that another number of epochs re-plans what is left of it.
-    """
-    contents = found.contents
-    restore_weights(found.path, contents, text_encoder, projection)
-    with torch.no_grad():
-        temperature.log.fill_(contents["log_temperature"])
-    groups = optimizer.state_dict()["param_groups"]  # as built for this device; the settings are the same
-    optimizer.load_state_dict({"state": contents["optimizer_state_dict"]["state"], "param_groups": groups})
-    schedule.load_state_dict(contents["schedule_state_dict"])
-    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * factor(schedule.last_epoch)
-    best = contents["best"]
-    torch.set_rng_state(contents["random_state"]["cpu"])
-    if projection.mean.device.type == "cuda" and "cuda" in contents["random_state"]:
-        torch.cuda.set_rng_state(contents["random_state"]["cuda"], projection.mean.device)
-    return Progress(**contents["progress"]), Best(tuple(best["r1"]), best["r1_epoch"], best["loss"])
-
-
 def say_if_done(found: Checkpoint, config: TrainingConfig, log: Logger) -> bool:
     """Whether a run has been trained and tested to its end; the log then says so."""
     if not (is_finished(found, config) and is_measured(found, config)):
         return False
-    epoch, best = found.contents["progress"]["epoch"], found.contents["best"]["r1_epoch"]
+    epoch = found.contents["progress"]["epoch"]
     log.info(
-        f"{found.path}: this run is finished after epoch {epoch}, best epoch {best}; its test metrics are in "
-        f"{Path(config.checkpoint_dir) / FILE_NAME}. More --epochs or --patience would go on with it"
+        f"{found.path}: this run is finished after epoch {epoch}, best epoch {best_epoch(found)}; its test metrics "
+        f"are in {Path(config.checkpoint_dir) / FILE_NAME}. More --epochs or --patience would go on with it"
     )
     return True
 
 
-def curve_start(found: Checkpoint | None) -> tuple[int, dict[str, float]]:
-    """From which step on the curves in the log folder are hidden, and the scalars of it that are written again.
+def best_epoch(found: Checkpoint) -> int:
+    """The last epoch in which a space's validation R@1 was better than before."""
+    return max(space["best"]["r1_epoch"] for space in found.contents["spaces"].values())
+
+
+def curve_start(found: Checkpoint | None, name: str) -> tuple[int, dict[str, float]]:
+    """From which step on the curves in a space's log folder are hidden, and the scalars of it that are written again.
 
     At an epoch's end everything up to the checkpoint's step is on disk and nothing else belongs to it. In an epoch, a
     validation may have followed at the same step, which is about to be repeated. A fresh run hides all.
@@ -242,48 +220,72 @@ def curve_start(found: Checkpoint | None) -> tuple[int, dict[str, float]]:
     if found is None:
         return 0, {}
     step = found.contents["step"]
-    return (step, found.contents["points"]) if found.contents["progress"]["batches"] else (step + 1, {})
+    if not found.contents["progress"]["batches"]:
+        return step + 1, {}
+    return step, found.contents["spaces"][name]["points"]
 
 
 def is_finished(found: Checkpoint, config: TrainingConfig) -> bool:
     """Whether no epoch is left to train, by its number or by early stopping."""
-    epoch, best = found.contents["progress"]["epoch"], found.contents["best"]["r1_epoch"]
-    return epoch >= config.epochs or epoch - best >= config.patience
+    epoch = found.contents["progress"]["epoch"]
+    return epoch >= config.epochs or epoch - best_epoch(found) >= config.patience
 
 
 def is_measured(found: Checkpoint, config: TrainingConfig) -> bool:
     """Whether the summary already has the test metrics of this finished run."""
     path = Path(config.checkpoint_dir) / FILE_NAME
-    entry = read_summary(path).get(config.audio_encoder, {}) if path.exists() else {}
-    key = found.contents["progress"]["started"], found.contents["best"]["r1_epoch"]
-    return (entry.get("started"), entry.get("epoch")) == key
+    summary = read_summary(path) if path.exists() else {}
+    started = found.contents["progress"]["started"]
+    return all(
+        (summary.get(name, {}).get("started"), summary.get(name, {}).get("epoch"))
+        == (started, space["best"]["r1_epoch"])
+        for name, space in found.contents["spaces"].items()
+    )
 
 
 def set_aside(config: TrainingConfig, log: Logger) -> None:
-    """Before a fresh run: move the checkpoints of an unfinished one into a folder of their own, and say so."""
-    last = checkpoint_path(config, "last")
-    there = [path for path in (last, previous_path(last)) if path.exists()]
-    if not there:
-        return
-    found, fault = _first_whole(there)
-    if found is not None and is_finished(found, found.config):
-        return
-    number = 1
-    while (folder := last.parent / f"{config.audio_encoder}_unfinished_{number}").exists():
+    """Before a fresh run: move the checkpoints of unfinished ones that it would overwrite into folders of their own."""
+    for name in dict.fromkeys(["joint", config.run_name, *config.audio_encoders]):
+        last = Path(config.checkpoint_dir) / f"{name}_last.pt"
+        there = [path for path in (last, previous_path(last)) if path.exists()]
+        if not there:
+            continue
+        found, fault = _first_whole(there)
+        if found is None and name in ("joint", config.run_name) and not _is_for_use(last):
+            folder = _move(last, [name, *config.audio_encoders])
+            log.warning(f"warning: {fault}; this is a fresh run, and what was there is now in {folder}")
+        elif found is not None and not is_finished(found, found.config):
+            spaces = found.config.audio_encoders
+            if not set(spaces) & set(config.audio_encoders):
+                continue
+            folder = _move(last, dict.fromkeys([name, *spaces]))
+            command = resume_command(replace(found.config, checkpoint_dir=str(folder)))
+            log.warning(
+                f"warning: this is a fresh run; the checkpoints of an unfinished one (step {found.contents['step']}) "
+                f"are now in {folder}; to go on with that: {command}"
+            )
+
+
+def _is_for_use(path: Path) -> bool:
+    """Whether this is a whole checkpoint that nothing goes on from: a joint run's of one space."""
+    try:
+        return bool(read_checkpoint(path))
+    except UserError:
+        return False
+
+
+def _move(last: Path, names: Iterable[str]) -> Path:
+    """Move the checkpoints called `names` beside `last` into a new folder there."""
+    number, stem = 1, last.stem.removesuffix("_last")
+    while (folder := last.parent / f"{stem}_unfinished_{number}").exists():
         number += 1
     folder.mkdir()
-    for which in ("best_r1", "best_loss", "last", "last.prev"):
-        path = checkpoint_path(config, which)
-        if path.exists():
-            path.rename(folder / path.name)
-    if found is None:
-        log.warning(f"warning: {fault}; this is a fresh run, and what was there is now in {folder}")
-        return
-    command = resume_command(replace(found.config, checkpoint_dir=str(folder)))
-    log.warning(
-        f"warning: this is a fresh run; the checkpoints of an unfinished one (step {found.contents['step']}) are now "
-        f"in {folder}; to go on with that: {command}"
-    )
+    for name in names:
+        for which in (*PARTS, "last.prev"):
+            path = last.with_name(f"{name}_{which}.pt")
+            if path.exists():
+                path.rename(folder / path.name)
+    return folder
 
 
 def _first_whole(paths: list[Path]) -> tuple[Checkpoint | None, str]:
@@ -300,10 +302,10 @@ def _first_whole(paths: list[Path]) -> tuple[Checkpoint | None, str]:
 def resume_command(config: TrainingConfig) -> str:
     """The command line that goes on with a run: every setting that is not the default, and --resume auto."""
     defaults = TrainingConfig(config.audio_encoder)
-    words = ["python", "train.py", "--audio-encoder", config.audio_encoder]
+    words = ["python", "train.py", "--audio-encoder", *config.audio_encoders]
     for each in fields(config):
         value = getattr(config, each.name)
-        if each.name in {"resume", *MEASURED} or value == getattr(defaults, each.name):
+        if each.name in {"resume", "audio_encoder", *MEASURED} or value == getattr(defaults, each.name):
             continue
         words += [f"--{each.name.replace('_', '-')}", *([] if each.type is bool else [str(value)])]
     return shlex.join([*words, "--resume", "auto"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from text_to_audio.errors import Stopped
+from text_to_audio.processes import ALONE, Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -15,10 +16,12 @@ class StopRequest:
 
     Work that may be broken off anywhere goes into `at_once`. After the first signal both have their usual effect
     again, so that a second one ends the process immediately. For the main thread, as signals are.
+    Processes that train together stop together, after the same step; what is done `at_once` they finish first, since
+    one that left it would be waited for.
     """
 
-    def __init__(self, text: str):
-        self._text = text
+    def __init__(self, text: str, processes: Processes = ALONE):
+        self._text, self._processes = text, processes
         self._signal: int | None = None
         self._raises = False
 
@@ -40,14 +43,15 @@ class StopRequest:
             self.check()
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal has come."""
-        if self._signal is not None:
-            raise Stopped(self._signal, f"stopped by {signal.Signals(self._signal).name}; {self._text}")
+        """Raise `Stopped` if a signal has come, to whichever process."""
+        if self._processes.any(self._signal is not None):
+            number = self._signal or signal.SIGTERM
+            raise Stopped(number, f"stopped by {signal.Signals(number).name}; {self._text}")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Let a signal raise `Stopped` immediately, wherever it comes inside this block."""
-        self._raises = True
+        self._raises = self._processes.count == 1
         try:
             self.check()
             yield

@@ -1,6 +1,7 @@
 """The two trained parts: a text encoder with LoRA, and the head that takes its embedding into an audio space."""
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from text_to_audio.config import TrainingConfig
@@ -48,8 +50,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.max_length = config.text_model, config.max_length
         self.bf16 = config.bf16
-        self.tokenizer, backbone = _load_pretrained(config.text_model, torch.bfloat16 if self.bf16 else torch.float32)
+        self.tokenizer, backbone, self.revision = _load_pretrained(config)
         backbone.config.use_cache = False
+        self.attention = backbone.config._attn_implementation
         kind = backbone.config.model_type
         self.prefix = _prefix(config.instruction, kind)
         self.pooling = _pooling(config.pooling, kind)
@@ -65,6 +68,10 @@ class TextEncoder(nn.Module):
                 backbone.enable_input_require_grads()
             self.model = add_lora(backbone, config)
         self.to(config.torch_device)
+        if config.compile:
+            # with torch's own random numbers both passes of gradient caching draw the same dropout
+            torch._inductor.config.fallback_random = True
+            self.model.compile(dynamic=True)
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +90,9 @@ class TextEncoder(nn.Module):
         prefixed = [self.prefix + text for text in texts]
         return self.tokenizer(prefixed, truncation=True, max_length=self.max_length)["input_ids"]
 
-    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Sentence embeddings of a padded batch: ids and mask (batch, tokens) -> (batch, dim) float32, unit length."""
-        ids, mask = ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Sentence embeddings of padded texts: (2, batch, length) ids and mask -> (batch, dim) float32, unit length."""
+        ids, mask = tokens.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         pool = last_token_pool if self.pooling == "last" else mean_pool
@@ -94,7 +101,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, texts: list[str]) -> Tensor:
         """Sentence embeddings of texts: (batch, dim) float32 on the encoder's device, unit length."""
-        return self.encode(*pad_tokens(self.tokenise(texts), self.pad_token))
+        return self.encode(pad_tokens(self.tokenise(texts), self.pad_token))
 
     def trained_state(self) -> dict[str, Tensor]:
         """The LoRA weights alone, on the CPU, by their names in `model`."""
@@ -105,13 +112,13 @@ class TextEncoder(nn.Module):
         }
 
 
-def pad_tokens(rows: list[np.ndarray], pad_token: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, (batch, longest) int64 each, padded on the right."""
+def pad_tokens(rows: list[np.ndarray], pad_token: int) -> Tensor:
+    """Token ids and attention mask, (2, batch, longest) int64, padded on the right."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(mask.shape, pad_token, np.int64)
     ids[mask] = np.concatenate(rows)
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+    return torch.from_numpy(np.stack((ids, mask)))
 
 
 def _fetch(name: str) -> Path:
@@ -123,13 +130,15 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _load_pretrained(name: str, dtype: torch.dtype):
+def _load_pretrained(config: TrainingConfig):
+    """Tokenizer, backbone, and the hub's revision of it (None for a local folder)."""
+    name = config.text_model
     folder = _fetch(name)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # one bar for loading weights would tear the training log
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        backbone = AutoModel.from_pretrained(folder, dtype=dtype)
+        backbone = AutoModel.from_pretrained(folder, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: expected a text model in the Hugging Face format; {' '.join(str(error).split())}"
@@ -140,7 +149,10 @@ def _load_pretrained(name: str, dtype: torch.dtype):
     if backbone.config.is_encoder_decoder:
         raise UserError(f"{name}: expected a text encoder or a decoder-only model, found an encoder-decoder")
     tokenizer.truncation_side = "right"  # the instruction stands in front and must stay
-    return tokenizer, backbone
+    if config.bf16 and config.torch_device.type == "cuda" and is_flash_attn_2_available():
+        with suppress(ValueError):  # a model that has no such attention keeps torch's (SDPA)
+            backbone.set_attn_implementation("flash_attention_2")
+    return tokenizer, backbone, folder.name if folder.parent.name == "snapshots" else None
 
 
 def _prefix(instruction: str, kind: str) -> str:
