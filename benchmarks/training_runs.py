@@ -23,9 +23,9 @@ METRICS = ("t2a_R@1", "t2a_R@10", "t2a_MRR", "a2t_R@1")
 def train_once(encoder: str, flags: list[str], timed: bool = False) -> dict:
     """Train with these flags and return the summary's entry of `encoder`, with what the run took.
 
-    Adds "seconds" and "cpu_seconds" of the whole process; "step_seconds" (see there) if `timed`; "ridge" where the flags
-    have --baseline.
-    Paths in the flags are absolute: the process has an empty folder of its own. `UserError` where it fails.
+    Adds "seconds" and "cpu_seconds" of the whole process, "step_seconds" (see there) if `timed`, and "ridge" where the
+    flags have --baseline. Paths in the flags are absolute: the process has an empty folder of its own. `UserError`
+    where it fails.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
