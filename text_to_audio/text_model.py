@@ -1,6 +1,8 @@
 """The two trained parts: a text encoder with LoRA, and the head that takes its embedding into an audio space."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -42,13 +44,15 @@ class TextEncoder(nn.Module):
 
     `model` is the PEFT model; it takes the LoRA weights alone under a strict `load_state_dict`. The embeddings have
     unit length, as the model cards of sentence encoders have it. Placed on the config's device.
+
+    parts: the tokenizer and the backbone to build on, where they are not to be loaded from `config.text_model`.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, parts: tuple[PreTrainedTokenizerBase, nn.Module] | None = None):
         super().__init__()
         self.name, self.max_length = config.text_model, config.max_length
         self.bf16 = config.bf16
-        self.tokenizer, backbone = _load_pretrained(config.text_model, torch.bfloat16 if self.bf16 else torch.float32)
+        self.tokenizer, backbone = parts or _load_pretrained(config.text_model, _backbone_dtype(config))
         backbone.config.use_cache = False
         kind = backbone.config.model_type
         self.prefix = _prefix(config.instruction, kind)
@@ -114,29 +118,63 @@ def pad_tokens(rows: list[np.ndarray], pad_token: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
+SMALL_FILES = ["*.json", "*.txt", "*.model"]  # all of a model's folder but its weights
+
+
+def _backbone_dtype(config: TrainingConfig) -> torch.dtype:
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
 def _fetch(name: str) -> Path:
     """The model's folder, downloaded if need be: its safetensors, or, where it has none, torch's own format."""
-    small = ["*.json", "*.txt", "*.model"]
-    folder = fetch_model_folder(name, [*small, "*.safetensors"])
+    folder = fetch_model_folder(name, [*SMALL_FILES, "*.safetensors"])
     if not any(folder.glob("*.safetensors")):
-        folder = fetch_model_folder(name, [*small, "pytorch_model*.bin"])
+        folder = fetch_model_folder(name, [*SMALL_FILES, "pytorch_model*.bin"])
     return folder
 
 
-def _load_pretrained(name: str, dtype: torch.dtype):
-    folder = _fetch(name)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # one bar for loading weights would tear the training log
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Failures of transformers as a `UserError` of one line."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        backbone = AutoModel.from_pretrained(folder, dtype=dtype)
+        yield
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: expected a text model in the Hugging Face format; {' '.join(str(error).split())}"
         ) from error
+
+
+def _load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+    folder = _fetch(name)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one bar for loading weights would tear the training log
+    try:
+        with _one_line_errors(name):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            backbone = AutoModel.from_pretrained(folder, dtype=dtype)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+    return _checked(name, tokenizer, backbone)
+
+
+def without_weights(config: TrainingConfig) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+    """Tokenizer and backbone from the text model's small files alone; its weights are neither fetched nor read.
+
+    The parameters are as torch and transformers initialise them, or fake under `FakeTensorMode`. Raises `UserError`
+    where there is no config.json or no tokenizer.
+    """
+    name = config.text_model
+    folder = fetch_model_folder(name, SMALL_FILES)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: expected a text model in the Hugging Face format, found no config.json")
+    with _one_line_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=_backbone_dtype(config))
+    return _checked(name, tokenizer, backbone)
+
+
+def _checked(name: str, tokenizer, backbone: nn.Module) -> tuple[PreTrainedTokenizerBase, nn.Module]:
     if backbone.config.is_encoder_decoder:
         raise UserError(f"{name}: expected a text encoder or a decoder-only model, found an encoder-decoder")
     tokenizer.truncation_side = "right"  # the instruction stands in front and must stay
