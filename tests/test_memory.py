@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from text_to_audio.config import TrainingConfig
 from text_to_audio.memory import MemoryTracker, optimizer_tensors, tensors_of
+from text_to_audio.planning import text_encoder_on_meta
 from text_to_audio.text_model import TextEncoder, without_weights
 
 FLOAT = 4
@@ -66,18 +67,16 @@ def test_linear_layer_by_hand(fake):
     assert tracker.now == 0
 
 
-def test_autocast_keeps_a_cast_weight_to_its_end_where_it_is_trained():
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_keeps_the_cast_of_a_trained_weight_to_its_end(trained):
     with FakeTensorMode(), MemoryTracker() as tracker:
-        layer = nn.Linear(64, 64, bias=False)
-        tracker.tag("weights", tensors_of(layer))
+        layer = nn.Linear(64, 64, bias=False).requires_grad_(trained)
         inputs = torch.ones(1, 64)
+        before = tracker.now
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             layer(inputs)
-            without_cache = tracker.now
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(inputs)
-            assert tracker.now - without_cache >= 64 * 64 * 2
-        assert tracker.now == (64 * 64 + 64) * FLOAT
+            assert tracker.now - before == (64 * 64 * 2 if trained else 0)
+        assert tracker.now == before
 
 
 def run_blocks(checkpointing):
@@ -112,18 +111,21 @@ def test_fake_tensors_take_what_real_ones_take(kind, checkpointing, precision, t
         "muq", text_model=folder, device="cpu", precision=precision, gradient_checkpointing=checkpointing
     )
 
-    def measure(mode):
-        with mode, MemoryTracker() as tracker:
-            encoder = TextEncoder(config, without_weights(config)).train()
-            trained = [each for each in encoder.parameters() if each.requires_grad]
-            tracker.tag("base", [each for each in tensors_of(encoder) if not each.requires_grad])
-            tracker.tag("lora", trained)
-            for _ in range(2):
-                ids = torch.ones(5, 17, dtype=torch.int64)
-                encoder.encode(ids, torch.ones_like(ids)).sum().backward()
-            return tracker.peak, tracker.at_peak, tracker.held
+    def measure(encoder):
+        trained = [each for each in encoder.parameters() if each.requires_grad]
+        tracker.tag("base", [each for each in tensors_of(encoder) if not each.requires_grad])
+        tracker.tag("lora", trained)
+        for _ in range(2):
+            ids, mask = torch.ones(2, 5, 17, dtype=torch.int64)
+            mask[0, 9:] = 0  # without padding transformers leaves the mask away, if it can look
+            encoder.train().encode(ids, mask).sum().backward()
+        return tracker.peak, tracker.at_peak, tracker.held
 
-    real = measure(torch.enable_grad())
-    fake = measure(FakeTensorMode(allow_non_fake_inputs=True))
+    with MemoryTracker() as tracker:
+        real = measure(TextEncoder(config, without_weights(config)))
+    on_meta = text_encoder_on_meta(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
+        fake = measure(on_meta.to_empty(device="cpu"))
     assert real == fake
-    assert real[1]["lora"] == 2 * sum(p.nbytes for p in TextEncoder(config).parameters() if p.requires_grad)
+    trained_bytes = sum(p.nbytes for p in TextEncoder(config).parameters() if p.requires_grad)
+    assert trained_bytes < real[1]["lora"] <= 2 * trained_bytes

@@ -35,9 +35,12 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
-            if isinstance(value, Tensor):
-                self._count(value, None)
+        if isinstance(result, Tensor):
+            self._count(result, None)
+        elif isinstance(result, list | tuple):
+            for value in tree_iter(result):
+                if isinstance(value, Tensor):
+                    self._count(value, None)
         return result
 
     def __exit__(self, *exception):
