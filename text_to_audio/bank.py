@@ -43,7 +43,7 @@ class AudioBank:
         device = projection.mean.device
         self._vectors, self._projection = vectors, projection
         self.source = torch.from_numpy(source).to(device)
-        self.copies = torch.bincount(self.source)[self.source]
+        self.copies = torch.from_numpy(np.bincount(source)[source]).to(device)
         self.nbytes = len(vectors) * vectors.dim * dtype.itemsize
         self.place = place or bank_place(self.nbytes, device)
         self._held = None
