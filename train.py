@@ -18,6 +18,7 @@ from text_to_audio.errors import Stopped, UserError, run_script
 from text_to_audio.evaluation import Evaluator, by_subset
 from text_to_audio.gradient_caching import backward_by_part, backward_through_cache, gather, seed_dropout
 from text_to_audio.logs import start_log
+from text_to_audio.planning import advice_when_out_of_memory, make_plan, plan_text
 from text_to_audio.processes import Processes, join
 from text_to_audio.report import write_report
 from text_to_audio.reporting import Speed, announce, log_results, log_step, log_validation
@@ -41,17 +42,25 @@ def build_parser() -> argparse.ArgumentParser:
         "          python train.py --audio-encoder mert --hidden-dim 4096 --epochs 30 --temperature 0.05\n"
         "          python train.py --audio-encoder latent --text-model models/MiniLM --lr 1e-3 --text-lr 1e-4\n"
         "          python train.py --audio-encoder latent muq mert      (one text encoder, a head for each)\n"
+        "          python train.py --audio-encoder mert --plan          (what it takes; loads no weights)\n"
         "          torchrun --nproc_per_node=4 train.py --audio-encoder muq",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_arguments(parser)
+    parser.add_argument(
+        "--plan", action="store_true", help="print steps, tokens, memory and what fits which GPU, and train nothing"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, test the best checkpoint of each audio space, and enter the results into the summary."""
-    config = config_from_arguments(build_parser().parse_args(argv))
+    arguments = build_parser().parse_args(argv)
+    config = config_from_arguments(arguments)
+    if arguments.plan:
+        print(plan_text(make_plan(config, train_step)))
+        return
     processes = join(config)
     log = start_log("train", "train.log", quiet=not processes.is_main)
     try:
@@ -77,7 +86,7 @@ def train(config: TrainingConfig, log: Logger, processes: Processes) -> None:
         processes.wait()  # until all have looked for a checkpoint
         if processes.is_main:
             set_aside(config, log)
-    with run.stop:
+    with run.stop, advice_when_out_of_memory(config, train_step):
         fit(run)
         with run.stop.at_once():
             for space in run.spaces:

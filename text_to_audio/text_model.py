@@ -1,22 +1,17 @@
 """The two trained parts: a text encoder with LoRA, and the head that takes its embedding into an audio space."""
 
 import warnings
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import is_flash_attn_2_available
-from transformers.utils import logging as transformers_logging
 
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
-from text_to_audio.hub import fetch_model_folder
+from text_to_audio.pretrained import Pretrained, load_pretrained
 
 TASK = "Given a description of music, find the recordings that it describes"
 STD_FLOOR = 1e-3  # of the space's median standard deviation, so that dead dimensions do not explode
@@ -44,13 +39,15 @@ class TextEncoder(nn.Module):
 
     `model` is the PEFT model; it takes the LoRA weights alone under a strict `load_state_dict`. The embeddings have
     unit length, as the model cards of sentence encoders have it. Placed on the config's device.
+
+    parts: the tokenizer and the backbone to build on, where they are not to be loaded from `config.text_model`.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, parts: Pretrained | None = None):
         super().__init__()
         self.name, self.max_length = config.text_model, config.max_length
         self.bf16 = config.bf16
-        self.tokenizer, backbone, self.revision = _load_pretrained(config)
+        self.tokenizer, backbone, self.revision = parts or load_pretrained(config)
         backbone.config.use_cache = False
         self.attention = backbone.config._attn_implementation
         kind = backbone.config.model_type
@@ -119,40 +116,6 @@ def pad_tokens(rows: list[np.ndarray], pad_token: int) -> Tensor:
     ids = np.full(mask.shape, pad_token, np.int64)
     ids[mask] = np.concatenate(rows)
     return torch.from_numpy(np.stack((ids, mask)))
-
-
-def _fetch(name: str) -> Path:
-    """The model's folder, downloaded if need be: its safetensors, or, where it has none, torch's own format."""
-    small = ["*.json", "*.txt", "*.model"]
-    folder = fetch_model_folder(name, [*small, "*.safetensors"])
-    if not any(folder.glob("*.safetensors")):
-        folder = fetch_model_folder(name, [*small, "pytorch_model*.bin"])
-    return folder
-
-
-def _load_pretrained(config: TrainingConfig):
-    """Tokenizer, backbone, and the hub's revision of it (None for a local folder)."""
-    name = config.text_model
-    folder = _fetch(name)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # one bar for loading weights would tear the training log
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        backbone = AutoModel.from_pretrained(folder, dtype=torch.bfloat16 if config.bf16 else torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name}: expected a text model in the Hugging Face format; {' '.join(str(error).split())}"
-        ) from error
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-    if backbone.config.is_encoder_decoder:
-        raise UserError(f"{name}: expected a text encoder or a decoder-only model, found an encoder-decoder")
-    tokenizer.truncation_side = "right"  # the instruction stands in front and must stay
-    if config.bf16 and config.torch_device.type == "cuda" and is_flash_attn_2_available():
-        with suppress(ValueError):  # a model that has no such attention keeps torch's (SDPA)
-            backbone.set_attn_implementation("flash_attention_2")
-    return tokenizer, backbone, folder.name if folder.parent.name == "snapshots" else None
 
 
 def _prefix(instruction: str, kind: str) -> str:
