@@ -63,9 +63,9 @@ def test_default_mert_run_at_published_widths(four_billion):
     config = TrainingConfig(
         "mert", text_model=four_billion, device="cpu", precision="bf16", gradient_checkpointing="on"
     )
-    start = time.perf_counter()
+    start = time.process_time()
     found = footprint(config, shape_of(), train.train_step)
-    assert time.perf_counter() - start < 90  # 8 s on an idle core
+    assert time.process_time() - start < 60
     assert tuple(found.peak) == PARTS
     assert 10 * GIB < found.total <= 14 * GIB
     assert 4.0e9 < found.parameters - found.trainable < 4.03e9
