@@ -5,33 +5,21 @@ import http.client
 import json
 import threading
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 
+from text_to_audio.searching import Hit
 from text_to_audio.serving import create_app, listen, make_server
 
 HOSTILE = '<img src=x onerror="document.title=1"><b>"\'&'
 
 
-@dataclass(frozen=True)
-class DoubleHit:
-    rank: int
-    score: float
-    track: str
-    path: str
-    title: str
-    artist: str
-    album: str
-    duration: float
-    moment: float | None
-
-
 class DoubleSearcher:
     """Tracks in a folder; a text's vector comes from its letters. It notes how and in which threads it was called."""
 
-    def __init__(self, folder, tracks=6, delay=0.0):
+    def __init__(self, folder, tracks=6, delay=0.0, has_moments=True):
+        self.has_moments = has_moments
         self.folder, self.delay = folder, delay
         self.embedded, self.found, self.threads, self.closed = [], [], set(), False
         self.paths = {f"id{number}": folder / f"track {number} é'\".wav" for number in range(tracks)}
@@ -62,7 +50,7 @@ class DoubleSearcher:
         scores = self.vectors @ vector
         titles = [HOSTILE, *(f"Song {row}" for row in range(1, len(scores)))]
         return [
-            DoubleHit(
+            Hit(
                 rank, float(scores[row]), f"id{row}", str(self.paths[f"id{row}"]), titles[row],
                 f"Artist {row}\udcff", "", 20.0, 8.0 if moments else None,
             )
@@ -71,7 +59,7 @@ class DoubleSearcher:
 
     def like(self, track, k):
         self.threads.add(threading.get_ident())
-        return self._hits(self.vectors[list(self.paths).index(track)], k)
+        return self._hits(self.vectors[list(self.paths).index(track)], k + 1)[1:]
 
     def path_of(self, track):
         self.threads.add(threading.get_ident())
@@ -82,10 +70,6 @@ class DoubleSearcher:
 
     def close(self):
         self.closed = True
-
-
-def subtract(query, without):
-    return DoubleSearcher._normalised(query - 0.5 * without)
 
 
 class Client:
@@ -119,7 +103,7 @@ class Client:
 @contextlib.contextmanager
 def running_server(open_searcher, hosts=None):
     """A `Client` of the page's server, which runs in a thread."""
-    app = create_app(open_searcher, subtract, hosts)
+    app = create_app(open_searcher, hosts)
     server, listening = make_server(app), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

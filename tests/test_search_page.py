@@ -60,6 +60,10 @@ def test_type_see_results_press_play_and_it_plays_from_the_best_moment(page, dou
     assert 8 <= page.run(AUDIO + "a.currentTime") < 15
     assert page.run("return document.querySelectorAll('#results li.playing').length") == 1
     save_picture(page, "desktop")
+    page.emulate("dark")
+    save_picture(page, "desktop-dark")
+    assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(19, 21, 25)"
+    page.emulate("light")
 
 
 def test_tags_that_hold_html_are_shown_as_text(page):
@@ -137,7 +141,7 @@ def test_the_loading_state_is_shown_and_the_query_is_answered_once_the_model_is_
         window.open(f"http://127.0.0.1:{client.port}/")
         window.wait("return document.getElementById('state').textContent.includes('being loaded')")
         window.type("#query", "calm")
-        window.wait("return document.getElementById('state').textContent.includes('ask again')")
+        window.wait("return document.getElementById('state').textContent.includes('asks again by itself')")
         save_picture(window, "phone-loading")
         may_load.set()
         window.wait(ROWS)
@@ -145,6 +149,8 @@ def test_the_loading_state_is_shown_and_the_query_is_answered_once_the_model_is_
         window.wait(AUDIO + "!a.paused && a.currentTime > 8")
         assert window.run("return document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out sideways
         save_picture(window, "phone")
+        window.emulate("dark")
+        save_picture(window, "phone-dark")
 
 
 def test_a_server_that_is_gone_is_said(tmp_path, window):

@@ -34,9 +34,8 @@ class Browser:
 
     def command(self, method, path, body=None):
         data = None if method != "POST" else json.dumps(body or {}).encode()
-        request = urllib.request.Request(
-            self._address + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._address + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return json.load(response)["value"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from text_to_audio.errors import UserError
+from text_to_audio.searching import without
 
 if TYPE_CHECKING:
     from text_to_audio.searching import Hit, Searcher
@@ -34,14 +35,22 @@ class NotReady(Exception):
         self.retry_after = retry_after
 
 
+class Refused(Exception):
+    """The request asks for what this search cannot give; one line to say why."""
+
+
 @dataclass
 class TextQuery:
-    """A text, what to take away from it, and how many hits are wanted (`moments`: with their best window)."""
+    """A text, what to take away from it and how strongly, and how many hits are wanted.
+
+    moments: whether they come with their best window; None for where the index has windows.
+    """
 
     text: str
-    without: str | None
+    unwanted: str | None
+    weight: float
     k: int
-    moments: bool
+    moments: bool | None
     future: Future = field(default_factory=Future)
 
 
@@ -78,13 +87,10 @@ class VectorCache:
 
 
 class QueryWorker:
-    """Opens a searcher in a thread of its own and answers requests there, so that its calls never overlap.
+    """Opens a searcher in a thread of its own and answers requests there, so that its calls never overlap."""
 
-    `subtract(query, without)` joins two unit vectors (n, audio_dim) for a query with something to leave out.
-    """
-
-    def __init__(self, open_searcher: Callable[[], "Searcher"], subtract: Callable[[np.ndarray, np.ndarray], Any]):
-        self._open, self._subtract = open_searcher, subtract
+    def __init__(self, open_searcher: Callable[[], "Searcher"]):
+        self._open = open_searcher
         self._waiting: queue.Queue[TextQuery | Call] = queue.Queue(MAX_WAITING)
         self._cache = VectorCache()
         self._stopping = threading.Event()
@@ -108,9 +114,9 @@ class QueryWorker:
         if ready:
             self._thread.join()
 
-    def text_query(self, text: str, without: str | None, k: int, moments: bool) -> "Future[list[Hit]]":
+    def text_query(self, query: TextQuery) -> "Future[list[Hit]]":
         """The hits of a text query, at some time; `NotReady` where it cannot even wait."""
-        return self._submit(TextQuery(text, without, k, moments))
+        return self._submit(query)
 
     def call(self, function: Callable[["Searcher"], Any]) -> Future:
         """What `function` returns for the searcher, at some time; `NotReady` where it cannot even wait."""
@@ -186,18 +192,34 @@ class QueryWorker:
                     _settle(query.future, error=error)
 
     def _answer_queries(self, searcher: "Searcher", queries: list[TextQuery]) -> None:
-        texts = [query.text for query in queries] + [query.without for query in queries if query.without]
+        texts = [query.text for query in queries] + [query.unwanted for query in queries if query.unwanted]
         vectors = self._cache.vectors(texts, searcher.embed)
-        groups: dict[tuple[int, bool], list[TextQuery]] = {}
+        groups: dict[tuple[int, bool], list[tuple[TextQuery, np.ndarray]]] = {}
         for query in queries:  # one search where all want the same k, so that company never changes an answer
-            groups.setdefault((query.k, query.moments), []).append(query)
+            moments = searcher.has_moments if query.moments is None else query.moments
+            try:
+                vector = _query_vector(query, vectors)
+                if moments and not searcher.has_moments:
+                    raise Refused("moments: this library was indexed without; `index_library.py --moments` adds them")
+            except Refused as refused:
+                _settle(query.future, error=refused)
+            else:
+                groups.setdefault((query.k, moments), []).append((query, vector))
         for (k, moments), group in groups.items():
-            wanted = np.stack([vectors[query.text] for query in group])
-            for row, query in enumerate(group):
-                if query.without:
-                    wanted[row] = self._subtract(wanted[row, None], vectors[query.without][None])[0]
-            for query, hits in zip(group, searcher.find(wanted, k, moments=moments), strict=True):
+            answers = searcher.find(np.stack([vector for _, vector in group]), k, moments=moments)
+            for (query, _), hits in zip(group, answers, strict=True):
                 _settle(query.future, hits)
+
+
+def _query_vector(query: TextQuery, vectors: dict[str, np.ndarray]) -> np.ndarray:
+    """The unit vector (audio_dim,) to search with; `Refused` where nothing is left of it."""
+    vector = vectors[query.text]
+    if not query.unwanted:
+        return vector
+    try:
+        return without(vector[None], vectors[query.unwanted], query.weight)[0]
+    except UserError as error:
+        raise Refused(str(error)) from None
 
 
 def _settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:

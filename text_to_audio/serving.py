@@ -11,9 +11,8 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,13 +25,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from text_to_audio.api_listing import api_listing
 from text_to_audio.cover_art import cover_art
 from text_to_audio.errors import UserError
-from text_to_audio.query_worker import NotReady, QueryWorker
+from text_to_audio.query_worker import NotReady, QueryWorker, Refused, TextQuery
 
 if TYPE_CHECKING:
     from text_to_audio.searching import Hit, Searcher
 
 MAX_QUERY, MAX_K = 1000, 100
 """The longest query in characters, and the most tracks of one answer."""
+DEFAULT_WEIGHT = 0.5
+"""How strongly `not` counts, where a query does not say."""
 MAX_BODY = 64 * 1024
 """The longest body of a POST, in bytes."""
 MAX_HEAD = 4 * 2**20
@@ -58,10 +59,13 @@ class SearchQuery(BaseModel):
 
     q: Words = Field(description="the words to search for", examples=["calm piano with soft strings"])
     k: int = Field(10, ge=1, le=MAX_K, description="how many tracks")
-    without: Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_QUERY)] | None = Field(
+    unwanted: Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_QUERY)] | None = Field(
         None, alias="not", description="what the tracks should not sound like"
     )
-    moments: bool = Field(False, description="also find the best moment inside each track, where the index has them")
+    weight: float = Field(DEFAULT_WEIGHT, ge=0, le=2, description="how strongly `not` counts")
+    moments: bool | Literal["auto"] = Field(
+        False, description="rank tracks by their best ten seconds and say where these are; auto: if they are indexed"
+    )
 
 
 class Track(BaseModel):
@@ -111,16 +115,15 @@ UNKNOWN = {404: {"model": Problem}}
 
 def create_app(
     open_searcher: Callable[[], "Searcher"],
-    subtract: Callable[[np.ndarray, np.ndarray], np.ndarray],
     hosts: list[str] | None = None,
 ) -> FastAPI:
     """The page at /, the API under /api, audio and covers; `app.state.worker` is the thread that searches.
 
     `open_searcher` is called in that thread when the app starts; until it returns, searches are answered with 503.
-    `subtract` joins unit vectors (n, audio_dim) of queries and of what they should leave out. `hosts`: the Host
-    headers that are answered (any by default), so that no web page elsewhere can point its own name at this server.
+    `hosts`: the Host headers that are answered (any by default), so that no web page elsewhere can point its own name
+    at this server.
     """
-    worker = QueryWorker(open_searcher, subtract)
+    worker = QueryWorker(open_searcher)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -148,7 +151,9 @@ def _add_search(app: FastAPI, worker: QueryWorker) -> None:
     """The JSON API."""
 
     async def search(query: SearchQuery) -> Answer:
-        hits = await asyncio.wrap_future(worker.text_query(query.q, query.without or None, query.k, query.moments))
+        moments = None if query.moments == "auto" else query.moments
+        asked = TextQuery(query.q, query.unwanted or None, query.weight, query.k, moments)
+        hits = await asyncio.wrap_future(worker.text_query(asked))
         return Answer(results=[Track.from_hit(hit) for hit in hits])
 
     @app.get("/api/search", summary="Tracks that sound like a text")
@@ -254,6 +259,10 @@ def _add_errors(app: FastAPI) -> None:
     async def not_ready(_: Request, error: NotReady) -> JSONResponse:
         return _problem(503, str(error), {"Retry-After": str(error.retry_after)})
 
+    @app.exception_handler(Refused)
+    async def cannot(_: Request, error: Refused) -> JSONResponse:
+        return _problem(400, str(error))
+
     @app.exception_handler(UserError)
     async def failed(_: Request, error: UserError) -> JSONResponse:
         log.error("%s", error)
@@ -318,13 +327,12 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
 def serve(
     open_searcher: Callable[[], "Searcher"],
-    subtract: Callable[[np.ndarray, np.ndarray], np.ndarray],
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
 ) -> None:
     """Serve until a signal comes. `UserError` where the address is taken; what `open_searcher` raises is raised."""
     listening = listen(host, port)
-    app = create_app(open_searcher, subtract, allowed_hosts(host))
+    app = create_app(open_searcher, allowed_hosts(host))
     server = make_server(app)
 
     def leave() -> None:
