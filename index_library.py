@@ -19,7 +19,7 @@ from text_to_audio.library_update import bring_over, check_collections, look_thr
 from text_to_audio.logs import start_log
 from text_to_audio.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
 from text_to_audio.searching import DEFAULT_URI
-from text_to_audio.vector_files import VectorFiles, vectors_folder
+from text_to_audio.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.work_file import Lock
 
 EXAMPLES = """examples:
@@ -217,7 +217,7 @@ def update(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles,
     if changes.todo:
         left_out += embed(args, config, files, changes.todo, moments, log)
     if args.prune:
-        log.info("pruned %d tracks that are no longer there", prune(folder, files, changes.present))
+        log.info("pruned %d tracks that are no longer there", prune(folder, files, changes))
     return left_out
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import mutagen
 
-SUFFIXES = frozenset(".wav .flac .ogg .oga .mp3 .aif .aiff .m4a .mp4 .aac .opus .wma".split())
+SUFFIXES = frozenset(
+    (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".m4a", ".mp4", ".aac", ".opus", ".wma")
+)
 _HASH_BLOCK = 1 << 20
 
 

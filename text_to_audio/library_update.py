@@ -30,6 +30,7 @@ class Changes:
     touched: int = 0
     moved: int = 0
     left_out: list[str] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
 
 
 def look_through(folder: Path, files: VectorFiles, moments: bool, step: Callable[[], object]) -> Changes:
@@ -48,6 +49,7 @@ def look_through(folder: Path, files: VectorFiles, moments: bool, step: Callable
                 reason = error.strerror or str(error)
         if reason is not None:
             changes.present.add(track_id(path))
+            changes.unread.append(path)
             changes.left_out.append(f"{printable(path)}: {reason}")
     return changes
 
@@ -116,10 +118,19 @@ def take_events(
         yield track, reason
 
 
-def prune(folder: Path, files: VectorFiles, present: set[int]) -> int:
-    """Take tracks out of the catalogue that stood below the folder and are no longer there; returns how many."""
+def prune(folder: Path, files: VectorFiles, changes: Changes) -> int:
+    """Take tracks out of the catalogue that stood below the folder and are no longer there; returns how many.
+
+    What is below a folder that could not be read is kept: nobody knows whether it is there.
+    """
     root = folder.absolute()
-    gone = [track.id for track in files.tracks() if track.id not in present and Path(track.path).is_relative_to(root)]
+    gone = [
+        track.id
+        for track in files.tracks()
+        if track.id not in changes.present
+        and Path(track.path).is_relative_to(root)
+        and not any(Path(track.path).is_relative_to(each) for each in changes.unread)
+    ]
     files.remove(gone)
     return len(gone)
 
