@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from text_to_audio.checkpoints import read_checkpoint
+from text_to_audio.config import TrainingConfig
+from text_to_audio.errors import UserError
 from text_to_audio.milvus_index import SERVER_MAX_DIM
 from text_to_audio.narrow_index import NarrowForm, projection_identity, text_basis
 from text_to_audio.store_writing import publish
@@ -66,6 +69,26 @@ class IndexSpace:
     def queries(self, vectors: np.ndarray) -> np.ndarray:
         """Unit vectors (n, audio_dim) of texts -> what the collection is asked with, (n, dim) float32."""
         return self._form.text(vectors) if self._form else np.asarray(vectors, np.float32)
+
+
+def read_head(path: str | Path) -> tuple[ProjectionHead, TrainingConfig, dict]:
+    """A checkpoint's head, on the CPU and in evaluation mode, its config, and what it says of its audio space.
+
+    The text model is not loaded: indexing has no use for it. The last is {id, revision, dim, sample_rate, recipe}.
+    Raises `UserError` where the file is no checkpoint, or does not say which encoder its audio space is of.
+    """
+    contents = read_checkpoint(path)
+    config = TrainingConfig.from_dict(contents["config"], str(path))
+    if not contents.get("audio_space"):
+        raise UserError(
+            f"{path}: expected a checkpoint that names its audio encoder, found one without; train it again"
+        )
+    head = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
+    try:
+        head.load_state_dict(contents["projection_state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its head does not fit its config: {' '.join(str(error).split())[:300]}") from error
+    return head.eval(), config, contents["audio_space"]
 
 
 def _kept_basis(projection: ProjectionHead, identity: str, folder: Path | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mutagen
 
 SUFFIXES = frozenset(
-    (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".m4a", ".opus", ".wma", ".aac", ".mp4")
+    (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".m4a", ".mp4", ".aac", ".opus", ".wma")
 )
 _HASH_BLOCK = 1 << 20
 
@@ -91,12 +91,13 @@ def read_tags(path: Path) -> Tags:
     except Exception:  # mutagen fails on a broken file in as many ways as it can be broken
         file = None
     duration = float(getattr(getattr(file, "info", None), "length", 0) or 0)
-    return Tags(_first(file, "title") or path.stem, _first(file, "artist"), _first(file, "album"), duration)
+    title = _first(file, "title") or " ".join(path.stem.split())
+    return Tags(title, _first(file, "artist"), _first(file, "album"), duration)
 
 
 def _first(file, key: str) -> str:
     try:
         values = (file.get(key) if file is not None else None) or []
-        return " ".join(str(values[0]).split())
+        return " ".join(str(values[0]).encode("utf-8", "replace").decode().split())
     except (KeyError, ValueError, TypeError, IndexError):
         return ""

@@ -102,8 +102,8 @@ class VectorFiles:
             for key, value in wanted.items():
                 if found and found.get(key) != value:
                     raise UserError(
-                        f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to be "
-                        f"computed again: remove that folder, or name another with --vectors-dir"
+                        f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to "
+                        f"be computed again: remove that folder, or name another with --vectors-dir"
                     )
             self._database.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", wanted.items())
 
@@ -174,6 +174,11 @@ class VectorFiles:
     def has_windows(self, track: int) -> bool:
         """Whether a track's windows are kept."""
         return self._database.execute("SELECT 1 FROM windows WHERE track = ?", (track,)).fetchone() is not None
+
+    @property
+    def holds_windows(self) -> bool:
+        """Whether windows are kept of any track."""
+        return self._database.execute("SELECT 1 FROM windows LIMIT 1").fetchone() is not None
 
     # writing
 
