@@ -1,7 +1,8 @@
-"""Search an indexed library: by text, by a track that sounds alike, for moments inside tracks."""
+"""Search an indexed library: by text, by a track that sounds alike, for moments inside tracks, or on a web page."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from text_to_audio.errors import UserError, run_script
@@ -15,7 +16,8 @@ EXAMPLES = """examples:
   python search.py "guitar solo" --moments --checkpoint checkpoints/muq_best_r1.pt
   python search.py --like ~/Music/album/track.flac --json
   python search.py --queries queries.txt --json > answers.json       (one query a line; - reads stdin)
-  python search.py "jazz" --milvus-uri http://localhost:19530 --map-path /srv/music=/mnt/music"""
+  python search.py "jazz" --milvus-uri http://localhost:19530 --map-path /srv/music=/mnt/music
+  python search.py --serve --checkpoint checkpoints/muq_best_r1.pt     (a web page at http://127.0.0.1:8770/)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--milvus-token", help="token of the server, or user:password")
     add("--vectors-dir", metavar="DIR", help="the plain vectors (beside the index)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--serve", action="store_true", help="a web page with a player, and its JSON API, until Ctrl-C")
+    add("--host", default="127.0.0.1", help="with --serve: 0.0.0.0 lets the whole network in (%(default)s)")
+    add("--port", type=int, default=8770, help="with --serve; 0 takes a free one (%(default)s)")
     return parser
 
 
@@ -49,6 +54,9 @@ def main(argv: list[str] | None = None) -> list[list[Hit]]:
     """Print what is found and return it, a list per query; raises `UserError` for what the user can mend."""
     args = build_parser().parse_args(argv)
     mapping = check_arguments(args)
+    if args.serve:
+        serve_page(args, mapping)
+        return []
     queries = args.query + (read_queries(args.queries) if args.queries else [])
     if not queries and not args.like:
         raise UserError("expected a query, --queries FILE or --like TRACK")
@@ -86,6 +94,22 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, str] | None:
     if not (start and equals and target):
         raise UserError(f"--map-path: expected FROM=TO, found {args.map_path!r}")
     return start, target
+
+
+def serve_page(args: argparse.Namespace, mapping: tuple[str, str] | None) -> None:
+    """The web page and its API until a signal comes; the model is loaded meanwhile."""
+    from text_to_audio.serving import serve  # here, as the web framework is of no use to the other commands
+
+    asked = {"QUERY": args.query, "--queries": args.queries, "--like": args.like, "--not": args.unwanted}
+    asked |= {"--json": args.json, "--playlist": args.playlist, "--moments": args.moments}
+    if given := [name for name, value in asked.items() if value]:
+        raise UserError(f"--serve: expected no {' and no '.join(given)}; what to search for is asked on the page")
+    if not 0 <= args.port <= 65_535:
+        raise UserError(f"--port: expected 0 to 65,535, found {args.port}")
+    opened = partial(
+        open_searcher, args.checkpoint, args.milvus_uri, args.milvus_token, args.device, mapping, args.vectors_dir
+    )
+    serve(opened, args.host, args.port)
 
 
 def read_queries(name: str) -> list[str]:

@@ -55,7 +55,7 @@ def test_tags_come_as_they_are_and_undecodable_text_is_replaced(client):
 
 
 def test_not_takes_away_what_it_names(client, double):
-    status, answer = search(client, q="piano", **{"not": "vocals"}, weight=0.7, k=6)
+    status, answer = search(client, q="piano", **{"not": "vocals"}, not_weight=0.7, k=6)
     vectors = double.embed(["piano", "vocals"])
     scores = {hit.track: hit.score for hit in double._hits(without(vectors[:1], vectors[1], 0.7)[0], 6)}
     assert status == 200
@@ -63,9 +63,9 @@ def test_not_takes_away_what_it_names(client, double):
 
 
 def test_a_query_of_which_nothing_is_left_is_refused_and_the_others_are_answered(client):
-    assert search(client, q="piano", **{"not": "piano"}, weight=1)[0] == 400
+    assert search(client, q="piano", **{"not": "piano"}, not_weight=1)[0] == 400
     with ThreadPoolExecutor(8) as pool:
-        asked = [{"q": "piano", "not": "piano" if number % 2 else "vocals", "weight": 1} for number in range(8)]
+        asked = [{"q": "piano", "not": "piano" if number % 2 else "vocals", "not_weight": 1} for number in range(8)]
         statuses = [status for status, _ in pool.map(lambda query: search(client, **query), asked)]
     assert statuses == [200, 400] * 4
 

@@ -32,13 +32,10 @@ if TYPE_CHECKING:
 
 MAX_QUERY, MAX_K = 1000, 100
 """The longest query in characters, and the most tracks of one answer."""
-DEFAULT_WEIGHT = 0.5
-"""How strongly `not` counts, where a query does not say."""
 MAX_BODY = 64 * 1024
 """The longest body of a POST, in bytes."""
 MAX_HEAD = 4 * 2**20
 """The longest request line with headers that is read before it is refused, in bytes."""
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8770
 MEDIA_TYPES = {
     ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": "audio/wav", ".ogg": "audio/ogg", ".oga": "audio/ogg",
     ".opus": "audio/ogg", ".m4a": "audio/mp4", ".aac": "audio/aac", ".wma": "audio/x-ms-wma", ".aiff": "audio/aiff",
@@ -62,7 +59,7 @@ class SearchQuery(BaseModel):
     unwanted: Annotated[str, StringConstraints(strip_whitespace=True, max_length=MAX_QUERY)] | None = Field(
         None, alias="not", description="what the tracks should not sound like"
     )
-    weight: float = Field(DEFAULT_WEIGHT, ge=0, le=2, description="how strongly `not` counts")
+    not_weight: float = Field(0.5, ge=0, le=2, description="how strongly `not` counts")
     moments: bool | Literal["auto"] = Field(
         False, description="rank tracks by their best ten seconds and say where these are; auto: if they are indexed"
     )
@@ -152,7 +149,7 @@ def _add_search(app: FastAPI, worker: QueryWorker) -> None:
 
     async def search(query: SearchQuery) -> Answer:
         moments = None if query.moments == "auto" else query.moments
-        asked = TextQuery(query.q, query.unwanted or None, query.weight, query.k, moments)
+        asked = TextQuery(query.q, query.unwanted or None, query.not_weight, query.k, moments)
         hits = await asyncio.wrap_future(worker.text_query(asked))
         return Answer(results=[Track.from_hit(hit) for hit in hits])
 
@@ -327,8 +324,8 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
 def serve(
     open_searcher: Callable[[], "Searcher"],
-    host: str = DEFAULT_HOST,
-    port: int = DEFAULT_PORT,
+    host: str = "127.0.0.1",
+    port: int = 8770,
 ) -> None:
     """Serve until a signal comes. `UserError` where the address is taken; what `open_searcher` raises is raised."""
     listening = listen(host, port)
