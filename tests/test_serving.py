@@ -340,7 +340,6 @@ def test_a_search_that_cannot_be_opened_ends_the_server_with_its_line(capsys):
 
 def test_a_port_in_use_is_one_line():
     with listen("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match="expected an address that is free"):
             listen("127.0.0.1", port)

@@ -137,11 +137,11 @@ class QueryWorker:
         try:
             searcher = self._open()
         except BaseException as error:
-            if not isinstance(error, UserError):
-                log.exception("the search could not be opened")
             self.failure, self.state = error, "failed"
             if self.on_failure:
                 self.on_failure()
+            else:
+                log.exception("the search could not be opened")
             return
         self.state = "ready"
         try:

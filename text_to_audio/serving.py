@@ -297,6 +297,7 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)
+        listening.listen(128)  # before the address is printed: who connects at once waits, and is not refused
     except OSError as error:
         listening.close()
         raise UserError(f"{host}:{port}: expected an address that is free ({error.strerror})") from None
