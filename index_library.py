@@ -19,6 +19,7 @@ from text_to_audio.library_update import bring_over, check_collections, look_thr
 from text_to_audio.logs import start_log
 from text_to_audio.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
 from text_to_audio.searching import DEFAULT_URI
+from text_to_audio.text_model import ProjectionHead
 from text_to_audio.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.work_file import Lock
 
@@ -95,35 +96,45 @@ def main(argv: list[str] | None = None) -> int:
     }
     with writing(folder / config.audio_encoder), VectorFiles(folder, config.audio_encoder, about) as files:
         moments = args.moments or files.holds_windows
-        with VectorDatabase(args.milvus_uri, args.milvus_token, create=True) as database:
-            found = database.identity(config.audio_encoder) or {}
-            narrow = True if args.narrow else None if args.reindex else found.get("narrow")
-            space = IndexSpace(
-                config.audio_encoder, head, about["recipe"], about["encoder"], narrow, folder / config.audio_encoder
-            )
-            check_collections(database, space, args.checkpoint, args.reindex)
+        space, choice = open_space(args, config.audio_encoder, head, about, files.folder)
         if args.from_collection:
             take_over(args, config, files, log)
         left_out = update(args, config, files, moments, log) if args.music_dir else 0
-        with VectorDatabase(args.milvus_uri, args.milvus_token) as database:
-            kind = args.index_type or found.get("index_type") or "HNSW"
-            choice = IndexChoice(kind, args.index_params, args.search_params)
-            with tqdm(unit="row", desc="indexing") as bar:
-                synced = sync(files, database, space, choice, moments, args.reindex, bar.update)
-            log.info("%s: %s rows put in, %s taken out", args.milvus_uri, f"{synced.put:,}", f"{synced.removed:,}")
-            log.info(
-                "%s: %s tracks in %r, %s, %d dimensions%s%s",
-                args.milvus_uri,
-                f"{database.count(space.name):,}",
-                space.name,
-                kind,
-                space.dim,
-                f" (narrow form of {space.audio_dim:,})" if space.narrow else "",
-                ", with moments" if moments else "",
-            )
+        put_in(args, files, space, choice, moments, log)
     if left_out:
         log.info("%d files were left out; index_library.log names each", left_out)
     return 0
+
+
+def open_space(
+    args: argparse.Namespace, name: str, head: ProjectionHead, about: dict, folder: Path
+) -> tuple[IndexSpace, IndexChoice]:
+    """How the space stands in the index, and the index's type; `UserError` where the index there is of another.
+
+    The database is closed again: others may search while audio is being embedded.
+    """
+    with VectorDatabase(args.milvus_uri, args.milvus_token, create=True) as database:
+        found = database.identity(name) or {}
+        narrow = True if args.narrow else None if args.reindex else found.get("narrow")
+        space = IndexSpace(name, head, about["recipe"], about["encoder"], narrow, folder)
+        check_collections(database, space, args.checkpoint, args.reindex)
+    kind = args.index_type or found.get("index_type") or "HNSW"
+    return space, IndexChoice(kind, args.index_params, args.search_params)
+
+
+def put_in(
+    args: argparse.Namespace, files: VectorFiles, space: IndexSpace, choice: IndexChoice, moments: bool, log: Logger
+) -> None:
+    """Make Milvus hold what the plain vectors say, and tell what is there."""
+    with VectorDatabase(args.milvus_uri, args.milvus_token) as database:
+        with tqdm(unit="row", desc="indexing") as bar:
+            synced = sync(files, database, space, choice, moments, args.reindex, bar.update)
+        count = database.count(space.name)
+    log.info("%s: %s rows put in, %s taken out", args.milvus_uri, f"{synced.put:,}", f"{synced.removed:,}")
+    narrow = f" (narrow form of {space.audio_dim:,})" if space.narrow else ""
+    extra = ", with moments" if moments else ""
+    tracks = f"{count:,} tracks in {space.name!r}, {choice.kind}, {space.dim:,} dimensions"
+    log.info("%s: %s%s%s", args.milvus_uri, tracks, narrow, extra)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -222,7 +233,7 @@ def update(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles,
 
 
 def embed(
-    args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, todo: list, moments, log: Logger
+    args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, todo: list[Track], moments: bool, log: Logger
 ) -> int:
     """Embed the tracks that need it; returns how many could not be."""
     spec, encoder = load_encoder(args, config)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mutagen
+import soundfile
 
 SUFFIXES = frozenset(
     (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".m4a", ".mp4", ".aac", ".opus", ".wma")
 )
+_INFO_SUFFIXES = frozenset((".wav", ".aif", ".aiff"))
 _HASH_BLOCK = 1 << 20
 
 
@@ -90,9 +92,27 @@ def read_tags(path: Path) -> Tags:
         file = mutagen.File(path, easy=True)
     except Exception:  # mutagen fails on a broken file in as many ways as it can be broken
         file = None
+    if not _first(file, "title") and path.suffix.lower() in _INFO_SUFFIXES:
+        file = _InfoTags(path)  # text chunks of WAV and AIFF, which mutagen does not read
     duration = float(getattr(getattr(file, "info", None), "length", 0) or 0)
     title = _first(file, "title") or " ".join(path.stem.split())
     return Tags(title, _first(file, "artist"), _first(file, "album"), duration)
+
+
+class _InfoTags:
+    """The text chunks of a WAV or AIFF file, as far as libsndfile knows them."""
+
+    def __init__(self, path: Path):
+        self.info, self._texts = None, {}
+        try:
+            with soundfile.SoundFile(str(path)) as sound:
+                self._texts = sound.copy_metadata()
+        except (soundfile.LibsndfileError, OSError):
+            return
+
+    def get(self, key: str) -> list[str]:
+        """The text of a tag, alone in a list."""
+        return [self._texts[key]] if self._texts.get(key) else []
 
 
 def _first(file, key: str) -> str:

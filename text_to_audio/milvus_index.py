@@ -147,6 +147,7 @@ class VectorDatabase:
         """What `create` noted of a collection, or None where there is none of ours by that name."""
         if not self._client.has_collection(name) or not self._client.has_collection(_REGISTER):
             return None
+        self._client.load_collection(_REGISTER)
         rows = self._client.query(_REGISTER, filter=f'name == "{name}"', output_fields=["identity"])
         return json.loads(rows[0]["identity"]) if rows else None
 

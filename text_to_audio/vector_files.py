@@ -111,7 +111,7 @@ class VectorFiles:
         return dict(self._database.execute("SELECT key, value FROM meta"))
 
     def _highest_version(self) -> int:
-        highest = "SELECT max(coalesce(max(version), 0)) FROM "
+        highest = "SELECT max(version) FROM "
         return max(self._database.execute(highest + table).fetchone()[0] or 0 for table in ("tracks", "windows"))
 
     def close(self) -> None:
