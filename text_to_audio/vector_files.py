@@ -187,7 +187,8 @@ class VectorFiles:
 
         Raises `ValueError` for a value that float16 cannot hold.
         """
-        rows = np.asarray(vectors).astype(DTYPE)
+        with np.errstate(over="ignore"):  # told below
+            rows = np.asarray(vectors).astype(DTYPE)
         if not np.isfinite(rows).all():
             raise ValueError("a vector does not fit float16")
         numbers = [next(self._free_rows(name)) for _ in rows]
