@@ -1,12 +1,13 @@
 """A plain page that lists the API from its OpenAPI description, with no script and nothing from elsewhere."""
 
+import json
 from html import escape
 
 STYLE = """
 :root{color-scheme:light dark}body{margin:0 auto;max-width:800px;padding:16px;font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem}h2{font-size:1.05rem;margin:2rem 0 0}code{font-size:.95em;overflow-wrap:anywhere}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:4px 12px 4px 0;
-border-bottom:1px solid #8884}b{display:inline-block;min-width:3.5em}p{margin:4px 0}
+table{border-collapse:collapse;width:100%}td{vertical-align:top;padding:4px 12px 4px 0;
+border-bottom:1px solid #8884}td:first-child{white-space:nowrap}b{display:inline-block;min-width:3.5em}p{margin:4px 0}
 """
 
 
@@ -55,13 +56,11 @@ def _kind(schema: dict) -> str:
         return " or ".join(_kind(choice) for choice in schema["anyOf"])
     if "$ref" in schema:
         return schema["$ref"].rsplit("/", 1)[1]
+    if "const" in schema:
+        return f'"{schema["const"]}"'
     kind = f"list of {_kind(schema['items'])}" if schema.get("type") == "array" else str(schema.get("type", "any"))
-    bounds = [
-        f"{words} {schema[key]}"
-        for key, words in (("minimum", "from"), ("maximum", "to"), ("maxLength", "at most, in characters,"),
-                           ("default", "default"))
-        if schema.get(key) is not None
-    ]  # fmt: skip
+    said = {"minimum": "from {}", "maximum": "to {}", "maxLength": "at most {} characters", "default": "default {}"}
+    bounds = [words.format(json.dumps(schema[key])) for key, words in said.items() if schema.get(key) is not None]
     return ", ".join([kind, *bounds])
 
 

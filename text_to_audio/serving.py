@@ -34,7 +34,7 @@ MAX_QUERY, MAX_K = 1000, 100
 """The longest query in characters, and the most tracks of one answer."""
 MAX_BODY = 64 * 1024
 """The longest body of a POST, in bytes."""
-MAX_HEAD = 4 * 2**20
+MAX_HEAD = 2 * 2**20
 """The longest request line with headers that is read before it is refused, in bytes."""
 MEDIA_TYPES = {
     ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": "audio/wav", ".ogg": "audio/ogg", ".oga": "audio/ogg",
