@@ -2,8 +2,9 @@
 
 A checkpoint with a random head on a real or given text model, and an index of low-rank random tracks, are made in a
 temporary folder by the product's own writers; the server is `search.py --serve` in a process of its own. No query is
-asked twice, so that kept text vectors are of no help. Printed: queries per second and latencies of one client and of
-all of them, their ratio, errors, answers to hostile input, and the server's memory at the beginning and at the end.
+asked twice, so that kept text vectors are of no help. Printed: queries per second and latencies of one client, of all
+of them, and of all of them at a server whose batches hold one query; the ratios, errors, answers to hostile input, and
+the server's memory at the beginning and at the end.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import http.client
 import itertools
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -45,6 +47,7 @@ WORDS = (
     *("piano", "guitar", "strings", "drums", "bass", "choir", "synth", "flute", "brass", "organ", "harp", "cello"),
     *("jazz", "rock", "folk", "house", "ambient", "techno", "metal", "soul", "funk", "blues", "reggae", "waltz"),
 )
+UNBATCHED = "from text_to_audio import query_worker; query_worker.MAX_BATCH = 1; import search; search.main()"
 HOSTILE = [
     f"/api/search?q={'a' * 2**20}",
     "/api/search?q=piano&k=1000000000",
@@ -88,11 +91,16 @@ def minilm() -> str:
 
 
 @contextlib.contextmanager
-def server(checkpoint: Path, index: Path) -> Iterator[tuple[int, psutil.Process]]:
-    """`search.py --serve` in a process of its own, ready for queries: its port, and the process."""
-    command = [sys.executable, search.__file__, "--serve", "--port", "0"]
+def server(checkpoint: Path, index: Path, batches: bool = True) -> Iterator[tuple[int, psutil.Process]]:
+    """`search.py --serve` in a process of its own, ready for queries: its port, and the process.
+
+    Without `batches`, the same program with batches of one, for comparison.
+    """
+    script = [search.__file__] if batches else ["-c", UNBATCHED]
+    command = [sys.executable, *script, "--serve", "--port", "0"]
     command += ["--checkpoint", str(checkpoint), "--milvus-uri", str(index), "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"PYTHONPATH": str(Path(search.__file__).parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             found = re.search(r":(\d+)/", process.stdout.readline())
             if not found:
@@ -203,7 +211,7 @@ def check_hostile(port: int) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and return 1 where something failed or batching brought less than three times."""
+    """Measure, print, and return 1 where anything failed or batches brought less than three times the throughput."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="example: python -m benchmarks.search_load --seconds 60 --clients 32 --tracks 10000"
     )
@@ -232,14 +240,27 @@ def main(argv: list[str] | None = None) -> int:
             last = measure(port, 1, args.seconds / 4, 40_000, args)
             after = process.memory_info().rss
             hostile = check_hostile(port)
-    alone = Load(first.seconds + last.seconds, first.latencies + last.latencies, first.errors + last.errors)
-    print(f"{alone.line('1 client')}\n{many.line(f'{args.clients} clients')}")
-    ratio = many.rate / alone.rate
-    print(f"throughput of {args.clients} clients over that of one: {ratio:.2f}")
+        with server(checkpoint, index, batches=False) as (port, _):
+            measure(port, args.clients, 5, 50_000, args)
+            unbatched = measure(port, args.clients, args.seconds / 4, 60_000, args)
     print(f"server memory: {before / 2**20:.0f} MB before, {after / 2**20:.0f} MB after")
-    for error in (alone.errors + many.errors)[:5]:
+    alone = Load(first.seconds + last.seconds, first.latencies + last.latencies, first.errors + last.errors)
+    return int(
+        not compare({"1 client": alone, f"{args.clients} clients": many, "batches of 1": unbatched}) or not hostile
+    )
+
+
+def compare(loads: dict[str, Load]) -> bool:
+    """Print the loads (one client, many, many without batches) and their ratios; whether all is as it should be."""
+    for name, load in loads.items():
+        print(load.line(name))
+    alone, many, unbatched = loads.values()
+    print(f"throughput: {many.rate / alone.rate:.2f} times that of one client, {many.rate / unbatched.rate:.2f} times "
+          "that of batches of 1")  # fmt: skip
+    errors = [error for load in loads.values() for error in load.errors]
+    for error in errors[:5]:
         print(f"error: {error}")
-    return int(bool(alone.errors or many.errors) or not hostile or ratio < 3)
+    return not errors and many.rate >= 3 * alone.rate
 
 
 if __name__ == "__main__":
