@@ -115,7 +115,7 @@ def test_not_lowers_what_matches_it(searcher):
 def test_moments(searcher):
     vectors = searcher.embed(["calm piano", "drum"])
     if searcher.space.name == "mert":
-        with pytest.raises(UserError, match="without moments; run `python index_library.py MUSIC_DIR --moments`"):
+        with pytest.raises(UserError, match=r"without moments; run `python index_library\.py MUSIC_DIR --moments`"):
             searcher.find(vectors, 3, moments=True)
         return
     with VectorFiles("data/library.vectors", "muq") as files:
