@@ -19,7 +19,7 @@ from text_to_audio.index_space import IndexSpace, read_head
 from text_to_audio.milvus_index import FIELD, IndexChoice, VectorDatabase
 from text_to_audio.vector_files import VectorFiles
 
-QUOTED = "it's \"quoted\"; DROP TABLE.wav"
+QUOTED = 'it\'s "quoted"; DROP TABLE.wav'
 ROOT = Path(index_library.__file__).parent
 
 
@@ -136,7 +136,7 @@ def test_a_hostile_folder(index):
     soundfile.write(music / "nan.wav", np.full(40_000, np.nan, np.float32), 16_000, subtype="FLOAT")
     soundfile.write(music / "short.wav", np.zeros(2000), 16_000)
     (music / "apple.m4a").write_bytes(b"\0" * 500)
-    for number, name in enumerate(('it\'s "quoted"; DROP TABLE.wav', "emoji 🎸🔥.wav", "two\nlines.wav", "%s {x}.wav")):
+    for number, name in enumerate((QUOTED, "emoji 🎸🔥.wav", "two\nlines.wav", "%s {x}.wav")):
         write_track(music / name, 20 + number)
     (music / "loop").symlink_to(music.absolute())
     (music / "self.wav").symlink_to(music.absolute() / "self.wav")
@@ -235,7 +235,7 @@ def wider(models):
     """A MuQ-MuLan of another width."""
     from examples.make_tiny_models import MULAN_CONFIG, write_muq
 
-    config = {**MULAN_CONFIG, **{key: 2 * value for key, value in MULAN_CONFIG.items() if key == "dim_latent"}}
+    config = {**MULAN_CONFIG, "mulan": {**MULAN_CONFIG["mulan"], "dim_latent": 48}}
     folder = models / "wider"
     folder.mkdir()
     write_muq(folder, mulan_config=config)
