@@ -68,6 +68,22 @@ def served(library):
             process.kill()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["calm piano"], "expected no QUERY; what to search for"),
+        (["--json", "--not", "vocals"], "expected no --not and no --json"),
+        (["--port", "70000"], "--port: expected 0 to 65,535, found 70000"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid: expected an address of this machine"),
+        (["--port", "0", "--milvus-uri", "missing.db"], "missing.db: no such library"),
+        (["--port", "0", "--checkpoint", "missing.pt"], "missing.pt: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(library, words, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        search.main(["--serve", *arguments(library), *words])
+
+
 def test_only_indexed_files_are_handed_out(served):
     (served.folder / "music" / "secret.txt").write_text("secret")
     track = served.json("/api/search?q=calm&k=1")["results"][0]
