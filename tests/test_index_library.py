@@ -272,7 +272,7 @@ def test_an_index_type_that_milvus_does_not_build_is_an_error(tmp_path, monkeypa
         row = {"id": 1, FIELD: np.ones(4, np.float32) / 2, "version": 1, "duration": 1.0, **texts}
         database.upsert("muq", [row])
         with pytest.raises(UserError, match="SCANN"):
-            database.build("muq", "SCANN", seconds=1)
+            database.build("muq", IndexChoice("SCANN"), seconds=1)
     with pytest.raises(UserError, match="expected one of HNSW"):
         IndexChoice("hnsw2")
 
