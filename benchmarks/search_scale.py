@@ -94,11 +94,12 @@ def measure(kind: str, args: argparse.Namespace, folder: Path, name: str) -> Non
     build = {"nlist": args.nlist} if kind == "IVF_FLAT" else {}
     path, started = folder / f"{name}_{kind}.db", time.perf_counter()
     with VectorDatabase(str(path), create=True) as database:
-        database.create(name, tracks.shape[1], IndexChoice(kind, build), {})
+        index = IndexChoice(kind, build)
+        database.create(name, tracks.shape[1], index, {})
         for start in range(0, len(tracks), _BLOCK):
             database.upsert(name, [_row(start + i, v) for i, v in enumerate(tracks[start : start + _BLOCK])])
         inserted = time.perf_counter() - started
-        database.build(name, kind)
+        database.build(name, index)
         whole = time.perf_counter() - started
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from small_library import base_text_model, write_checkpoint, write_music
 
 from text_to_audio.index_space import IndexSpace, read_head
@@ -17,10 +18,11 @@ TESTS = Path(__file__).parent
 KILLS = 10
 
 
+@pytest.mark.slow
 def test_killed_ten_times(tmp_path, tiny_models):
     checkpoint = write_checkpoint(tmp_path / "muq.pt", tiny_models, base_text_model(tmp_path / "base"))
     for name in ("trial", "folder"):
-        write_music(tmp_path / name / "music", 12, seconds=6.0, suffixes=(".wav", ".flac"))
+        write_music(tmp_path / name / "music", 8, seconds=4.0, suffixes=(".wav", ".flac"))
     words = ["music", "--checkpoint", checkpoint, "--moments", "--device", "cpu", "--batch-size", "1"]
     words += ["--muq-backbone", tiny_models / "muq_large"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}

@@ -177,6 +177,7 @@ def refuse_track_1(path):
     return content_hash(path)
 
 
+@pytest.mark.slow
 def test_several_encoder_processes_give_what_one_gives(index):
     music = write_music(Path("music"), 5)
     write_track(music / "long.wav", 9, 45.0)
@@ -272,7 +273,7 @@ def test_an_index_type_that_milvus_does_not_build_is_an_error(tmp_path, monkeypa
         row = {"id": 1, FIELD: np.ones(4, np.float32) / 2, "version": 1, "duration": 1.0, **texts}
         database.upsert("muq", [row])
         with pytest.raises(UserError, match="SCANN"):
-            database.build("muq", "SCANN", seconds=1)
+            database.build("muq", IndexChoice("SCANN"), seconds=1)
     with pytest.raises(UserError, match="expected one of HNSW"):
         IndexChoice("hnsw2")
 
@@ -301,6 +302,39 @@ def test_a_collection_of_plain_vectors_is_brought_over(index, tmp_path):
         index("--from-collection", "tracks", "--from-uri", "data/old.db", checkpoint="mert.pt")
     with pytest.raises(UserError, match="holds standardised vectors"):
         index("--from-collection", "muq", "--from-uri", "data/library.db")
+
+
+def test_a_server_several_may_use(index, checkpoints, tmp_path):
+    """The path of a server's address, on the standalone server that comes with Milvus Lite."""
+    import socket
+    import time
+
+    from text_to_audio.searching import open_searcher
+
+    music = write_music(Path("music"), 4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri, words = f"http://127.0.0.1:{port}", ["server", "--data-dir", "served", "--port", str(port)]
+    with subprocess.Popen([sys.executable, "-m", "milvus_lite.cmdline", *words], stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.2)
+            index(music, "--moments", "--milvus-uri", uri)
+            searcher = open_searcher(checkpoints / "muq.pt", uri, device="cpu")
+            write_track(music / "later.wav", 40)
+            index(music, "--milvus-uri", uri)  # while somebody searches
+            (hits,) = searcher.find(searcher.embed(["calm piano"]), 10)
+            assert len(hits) == searcher.count() == 5
+            assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+            assert len(searcher.find(searcher.embed(["drum"]), 10, moments=True)[0]) == 5
+            searcher.close()
+            assert not Path("data/library.db").exists()
+        finally:
+            server.terminate()
 
 
 def test_memory_stays_flat_on_a_long_file(tmp_path, tiny_models):

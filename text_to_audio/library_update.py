@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -171,60 +172,53 @@ def sync(
     the number of rows put in, as they are.
     """
     put = removed = 0
-    for name, rows in _wanted(files, space, moments):
+    if reindex and not moments:
+        database.drop(moments_collection(space.name))
+    names = [space.name, moments_collection(space.name)] if moments else [space.name]
+    for name in names:
         there = database.identity(name)
-        anew = reindex or (there is not None and there.get("index_type") != index.kind)
-        if there is None or anew:
+        if there is None or reindex or there.get("index_type") != index.kind:
             database.drop(name)
             identity = {**space.identity, "index_type": index.kind}
             database.create(name, space.dim, index, identity, moments=name != space.name)
-        versions = database.versions(name)
-        wanted = {row["id"]: row for row in rows}
-        stale = versions.keys() - wanted.keys()
-        database.delete(name, stale)
-        changed = [row for row in wanted.values() if versions.get(row["id"]) != row["version"]]
-        source = files.vectors if name == space.name else files.windows
-        for batch in _batches(changed, space.audio_dim):
-            vectors = space.audio(source[[row["row"] for row in batch]])
-            sent = [{**row, FIELD: vector} for row, vector in zip(batch, vectors, strict=True)]
-            database.upsert(name, [{k: v for k, v in row.items() if k != "row"} for row in sent])
-            step(len(batch))
-        database.build(name, index.kind)  # also where nothing changed: an earlier run may have been killed before it
-        put, removed = put + len(changed), removed + len(stale)
+            versions = {}
+        else:
+            versions = database.versions(name)
+        is_tracks = name == space.name
+        rows = _changed(_track_rows(files) if is_tracks else _window_rows(files), versions)
+        put += _put(database, name, space, files.vectors if is_tracks else files.windows, rows, step)
+        database.delete(name, versions)  # `_changed` leaves those that nothing names any more
+        removed += len(versions)
+        database.build(name, index)  # also where nothing changed: an earlier run may have been killed before it
     return Synced(put, removed)
 
 
-def _wanted(files: VectorFiles, space: IndexSpace, moments: bool) -> Iterator[tuple[str, list[dict]]]:
-    """The rows each collection is to hold, but for their vectors, which `row` stands for."""
-    yield (
-        space.name,
-        [
-            {
-                "id": track.id,
-                "version": track.version,
-                "row": track.row,
-                "path": track.path,
-                "title": track.title,
-                "artist": track.artist,
-                "album": track.album,
-                "duration": track.duration,
-            }
-            for track in files.tracks()
-        ],
-    )
-    if moments:
-        yield (
-            moments_collection(space.name),
-            [
-                {"id": each.row, "version": each.version, "row": each.row, "track": each.track, "start": each.start}
-                for each in files.windows_of()
-            ],
-        )
+def _changed(rows: Iterable[dict], versions: dict[int, int]) -> Iterator[dict]:
+    """The rows that are not there in their version; every row that is seen leaves `versions`."""
+    for row in rows:
+        if versions.pop(row["id"], None) != row["version"]:
+            yield row
 
 
-def _batches(rows: list[dict], dim: int) -> Iterable[list[dict]]:
-    size = max(1, min(1000, _ROWS_AT_ONCE_ELEMENTS // dim))
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def _put(database: VectorDatabase, name: str, space: IndexSpace, source: np.ndarray, rows: Iterator[dict], step) -> int:
+    size, put = max(1, min(1000, _ROWS_AT_ONCE_ELEMENTS // space.audio_dim)), 0
+    while batch := list(islice(rows, size)):
+        vectors = space.audio(source[[row.pop("row") for row in batch]])
+        database.upsert(name, [{**row, FIELD: vector} for row, vector in zip(batch, vectors, strict=True)])
+        put += len(batch)
+        step(len(batch))
+    return put
+
+
+def _track_rows(files: VectorFiles) -> Iterator[dict]:
+    """What the collection of tracks is to hold, but for the vectors, which `row` stands for."""
+    fields = ("id", "version", "row", "path", "title", "artist", "album", "duration")
+    return ({name: getattr(track, name) for name in fields} for track in files.tracks())
+
+
+def _window_rows(files: VectorFiles) -> Iterator[dict]:
+    """The same for the collection of windows. A window's id is its row."""
+    return ({"id": each.row, **vars(each)} for each in files.windows_of())
 
 
 def bring_over(

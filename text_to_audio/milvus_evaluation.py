@@ -23,7 +23,7 @@ def index_gallery(
         rows = gallery.rows[start : start + _AT_ONCE]
         vectors = space.audio(plain[rows])
         database.upsert(name, [_row(start + i, vector) for i, vector in enumerate(vectors)])
-    database.build(name, index.kind)
+    database.build(name, index)
 
 
 def _row(number: int, vector: np.ndarray) -> dict:

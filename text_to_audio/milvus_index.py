@@ -174,10 +174,15 @@ class VectorDatabase:
             for field, size in _TRACK_FIELDS.items():
                 schema.add_field(field, DataType.VARCHAR, max_length=size)
             schema.add_field("duration", DataType.DOUBLE)
+        self._register(name, {**identity, "search_params": index.search_params})
+        self._client.create_collection(name, schema=schema, consistency_level="Strong")
+        if not self._local:  # a server builds as rows come; Lite would build anew with every file that it merges
+            self._create_index(name, index)
+
+    def _create_index(self, name: str, index: IndexChoice) -> None:
         params = self._client.prepare_index_params()
         params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=index.build_params)
-        self._register(name, {**identity, "search_params": index.search_params})
-        self._client.create_collection(name, schema=schema, index_params=params)
+        self._tell(lambda: self._client.create_index(name, params))
 
     def _register(self, name: str, identity: dict) -> None:
         if not self._client.has_collection(_REGISTER):
@@ -246,14 +251,18 @@ class VectorDatabase:
 
     # searching
 
-    def build(self, name: str, kind: str, seconds: float = 3600) -> None:
-        """Flush, load, and wait until the whole collection is under an index of this kind.
+    def build(self, name: str, index: IndexChoice, seconds: float = 3600) -> None:
+        """Flush, load, and wait until the whole collection is under an index of this kind, made where there is none.
 
         Raises `UserError` where Milvus took another kind, or the index is not there after `seconds`. Until then a
         search is exact but slow, so that nothing measured before it tells of the index.
         """
+        kind = index.kind
         self._tell(lambda: self._client.flush(name))
-        self._tell(lambda: self._client.release_collection(name))  # loading builds what is missing
+        if not self._client.list_indexes(name):
+            self._create_index(name, index)
+        if self._local:  # then loading builds what is missing; a server goes on serving meanwhile
+            self._tell(lambda: self._client.release_collection(name))
         self._tell(lambda: self._client.load_collection(name))
         found = self._client.describe_index(name, FIELD)["index_type"]
         if found != kind:
@@ -285,6 +294,9 @@ class VectorDatabase:
         """The k nearest rows for each unit vector of (n, dim), best first, with these fields."""
         if not len(vectors):
             return []
+        params = dict(params or {})
+        if "ef" in params:
+            params["ef"] = max(params["ef"], min(k, MAX_RESULTS))  # a server refuses less
         try:
             answer = self._client.search(
                 name,
@@ -292,7 +304,7 @@ class VectorDatabase:
                 anns_field=FIELD,
                 limit=min(k, MAX_RESULTS),
                 output_fields=fields,
-                search_params={"metric_type": "L2", "params": params or {}},
+                search_params={"metric_type": "L2", "params": params},
             )
         except MilvusException as error:
             raise UserError(f"{self.uri}: the search failed ({_reason(error)})") from error

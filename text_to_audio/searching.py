@@ -244,7 +244,9 @@ def open_searcher(
             identity["narrow"],
             files / config.audio_encoder,
         )
-        check_identity(identity, space.identity, milvus_uri, checkpoint)
+        for each in (identity, database.identity(moments_collection(space.name))):
+            if each is not None:
+                check_identity(each, space.identity, milvus_uri, checkpoint)
         return Searcher(models, database, space, files, map_path)
     except BaseException:
         database.close()
