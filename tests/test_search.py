@@ -132,6 +132,23 @@ def test_moments(searcher):
             assert hit.moment == windows[best].start
 
 
+def test_moments_of_many_queries_are_one_search(searcher, monkeypatch):
+    if not searcher.has_moments:
+        return
+    vectors, asked = searcher.embed(["calm piano", "drum", "fast guitar"]), []
+    database_search = searcher._database.search
+
+    def noted(name, queries, *rest):
+        asked.append(len(queries))
+        return database_search(name, queries, *rest)
+
+    monkeypatch.setattr(searcher._database, "search", noted)
+    together = searcher.find(vectors, 2, moments=True)
+    assert asked[0] == 3
+    alone = [searcher.find(vector[None], 2, moments=True)[0] for vector in vectors]
+    assert [[hit.track for hit in hits] for hits in together] == [[hit.track for hit in hits] for hits in alone]
+
+
 def run(*words):
     return search.main([*map(str, words), "--device", "cpu"])
 

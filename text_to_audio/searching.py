@@ -159,18 +159,29 @@ class Searcher:
                 f"{self._database.uri}: {self.space.name} was indexed without moments; "
                 f"run `python index_library.py MUSIC_DIR --moments` with the same checkpoint"
             )
-        return [self._best_moments_of(query[None], k) for query in queries]
+        # One search answers nearly all queries: a few ask again, where few tracks hold all of the nearest windows.
+        limit = 8 * k
+        nearest = self._nearest_windows(queries, limit)
+        return [
+            self._best_moments_of(query[None], k, limit, windows)
+            for query, windows in zip(queries, nearest, strict=True)
+        ]
 
-    def _best_moments_of(self, query: np.ndarray, k: int) -> list[Hit]:
-        name, limit, size = moments_collection(self.space.name), 8 * k, 0
-        while True:  # a few tracks may hold all of the nearest windows
-            (windows,) = self._database.search(name, query, limit, ["track", "start"], self._search_params[name])
+    def _nearest_windows(self, queries: np.ndarray, limit: int) -> list[list[Found]]:
+        name = moments_collection(self.space.name)
+        return self._database.search(name, queries, limit, ["track", "start"], self._search_params[name])
+
+    def _best_moments_of(self, query: np.ndarray, k: int, limit: int, windows: list[Found]) -> list[Hit]:
+        """The best moments of one query (1, dim), from its `limit` nearest windows and more where they do not do."""
+        size = 0
+        while True:
             best: dict[int, Found] = {}
             for window in windows:
                 best.setdefault(window.fields["track"], window)
             if len(best) >= k or len(windows) <= size or limit >= MAX_RESULTS:
                 break
             limit, size = 4 * limit, len(windows)
+            (windows,) = self._nearest_windows(query, limit)
         rows = self._database.get(self.space.name, list(best)[: 2 * k], TRACK_FIELDS)
         hits = []
         for track, window in best.items():
