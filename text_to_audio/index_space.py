@@ -88,7 +88,14 @@ def read_head(path: str | Path) -> tuple[ProjectionHead, TrainingConfig, dict]:
         head.load_state_dict(contents["projection_state_dict"])
     except RuntimeError as error:
         raise UserError(f"{path}: its head does not fit its config: {' '.join(str(error).split())[:300]}") from error
-    return head.eval(), config, contents["audio_space"]
+    return head.eval(), config, audio_space
+
+
+def recorded_space(contents: dict, path: str | Path) -> dict:
+    """What a checkpoint says of its audio space; `UserError` where it says nothing."""
+    if not contents.get("audio_space"):
+        raise UserError(f"{path}: expected a checkpoint that names its audio encoder, found none; train it again")
+    return contents["audio_space"]
 
 
 def _kept_basis(projection: ProjectionHead, identity: str, folder: Path | None) -> torch.Tensor:
