@@ -79,10 +79,7 @@ def read_head(path: str | Path) -> tuple[ProjectionHead, TrainingConfig, dict]:
     """
     contents = read_checkpoint(path)
     config = TrainingConfig.from_dict(contents["config"], str(path))
-    if not contents.get("audio_space"):
-        raise UserError(
-            f"{path}: expected a checkpoint that names its audio encoder, found one without; train it again"
-        )
+    audio_space = recorded_space(contents, path)
     head = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
     try:
         head.load_state_dict(contents["projection_state_dict"])
