@@ -79,16 +79,20 @@ def read_head(path: str | Path) -> tuple[ProjectionHead, TrainingConfig, dict]:
     """
     contents = read_checkpoint(path)
     config = TrainingConfig.from_dict(contents["config"], str(path))
-    if not contents.get("audio_space"):
-        raise UserError(
-            f"{path}: expected a checkpoint that names its audio encoder, found one without; train it again"
-        )
+    audio_space = recorded_space(contents, path)
     head = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
     try:
         head.load_state_dict(contents["projection_state_dict"])
     except RuntimeError as error:
         raise UserError(f"{path}: its head does not fit its config: {' '.join(str(error).split())[:300]}") from error
-    return head.eval(), config, contents["audio_space"]
+    return head.eval(), config, audio_space
+
+
+def recorded_space(contents: dict, path: str | Path) -> dict:
+    """What a checkpoint says of its audio space; `UserError` where it says nothing."""
+    if not contents.get("audio_space"):
+        raise UserError(f"{path}: expected a checkpoint that names its audio encoder, found none; train it again")
+    return contents["audio_space"]
 
 
 def _kept_basis(projection: ProjectionHead, identity: str, folder: Path | None) -> torch.Tensor:

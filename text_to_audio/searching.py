@@ -7,7 +7,7 @@ import numpy as np
 
 from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.errors import UserError
-from text_to_audio.index_space import IndexSpace
+from text_to_audio.index_space import IndexSpace, recorded_space
 from text_to_audio.inference import embed_texts_batch, load_checkpoint
 from text_to_audio.milvus_index import MAX_RESULTS, Found, VectorDatabase
 from text_to_audio.vector_files import VectorFiles, vectors_folder
@@ -234,28 +234,21 @@ def open_searcher(
     TO), the start of the indexed paths and what it is here. vectors_dir: the plain vectors (default: beside the
     index). Raises `UserError` where either is missing, held by another process, or made for something else.
     """
-    recorded = read_checkpoint(checkpoint).get("audio_space") or {}
+    recorded = recorded_space(read_checkpoint(checkpoint), checkpoint)
     database = VectorDatabase(milvus_uri, token)
     try:
         models = load_checkpoint(checkpoint, device)
-        config = models[2]
+        name = models[2].audio_encoder
         files = Path(vectors_dir) if vectors_dir else vectors_folder(milvus_uri)
-        identity = database.identity(config.audio_encoder)
+        identity = database.identity(name)
         if identity is None:
-            there = ", ".join(database.names()) or "nothing"
             raise UserError(
-                f"{milvus_uri}: expected the audio space {config.audio_encoder!r} of {checkpoint}, found {there}; "
+                f"{milvus_uri}: expected the audio space {name!r} of {checkpoint}, found "
+                f"{', '.join(database.names()) or 'nothing'}; "
                 f"index it with `python index_library.py MUSIC_DIR --checkpoint {checkpoint}`"
             )
-        space = IndexSpace(
-            config.audio_encoder,
-            models[1],
-            recorded.get("recipe", identity["recipe"]),
-            recorded.get("id", identity["encoder"]),
-            identity["narrow"],
-            files / config.audio_encoder,
-        )
-        for each in (identity, database.identity(moments_collection(space.name))):
+        space = IndexSpace(name, models[1], recorded["recipe"], recorded["id"], identity["narrow"], files / name)
+        for each in (identity, database.identity(moments_collection(name))):
             if each is not None:
                 check_identity(each, space.identity, milvus_uri, checkpoint)
         return Searcher(models, database, space, files, map_path)
