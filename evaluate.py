@@ -8,7 +8,7 @@ from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError, run_script
 from text_to_audio.evaluation import Evaluator, by_subset
-from text_to_audio.inference import load_checkpoint
+from text_to_audio.inference import embed_texts_batch, load_checkpoint
 from text_to_audio.metrics import rounded
 from text_to_audio.store import EmbeddingStore
 from text_to_audio.summary import table_with_chance
@@ -19,7 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Retrieval metrics of a checkpoint on a split of a store.",
         epilog="examples: python evaluate.py --checkpoint checkpoints/muq_best_r1.pt\n"
-        "          python evaluate.py --checkpoint checkpoints/muq_last.pt --split val --json",
+        "          python evaluate.py --checkpoint checkpoints/muq_last.pt --split val --json\n"
+        "          python evaluate.py --checkpoint checkpoints/muq_best_r1.pt --milvus data/eval.db",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -29,6 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)", metavar="STR"
     )
+    parser.add_argument(
+        "--milvus", metavar="URI", help="also ask a Milvus index made of the split, in this folder (*.db) or server"
+    )
+    parser.add_argument("--milvus-token", metavar="STR", help="token of the server, or user:password")
+    parser.add_argument("--index-type", default="HNSW", help="of that index (default: %(default)s)", metavar="STR")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
     return parser
 
@@ -45,6 +51,35 @@ def open_store(checkpoint: str, config: TrainingConfig, data_path: str | None) -
     return store
 
 
+def through_milvus(
+    arguments: argparse.Namespace, models: tuple, store: EmbeddingStore, evaluator: Evaluator
+) -> dict[str, float]:
+    """Text -> audio recall of the split's captions through a Milvus index of its recordings, in percent."""
+    # Here, so that measuring in memory, as training does, needs no Milvus.
+    from text_to_audio.index_space import IndexSpace
+    from text_to_audio.milvus_evaluation import index_gallery, milvus_recall
+    from text_to_audio.milvus_index import IndexChoice, VectorDatabase
+
+    text_encoder, projection, config = models
+    gallery, name = evaluator.gallery, config.audio_encoder
+    about, index = store.encoders[name], IndexChoice(arguments.index_type)
+    space = IndexSpace(name, projection, about["recipe"], about["id"])
+    texts = embed_texts_batch(gallery.captions.captions, text_encoder, projection, str(config.torch_device))
+    collection = f"{name}_{arguments.split}"
+    with VectorDatabase(arguments.milvus, arguments.milvus_token, create=True) as database:
+        index_gallery(database, collection, space, index, store.vectors(arguments.split, name), gallery)
+        return milvus_recall(database, collection, space, index, texts, gallery.captions.caption_audio)
+
+
+def beside_exact(recall: dict[str, float], exact: dict[str, float], arguments: argparse.Namespace) -> str:
+    """Two rows: the recall of the index, and of exact search in memory."""
+    lines = [f"text -> audio through {arguments.milvus}, {arguments.index_type}"]
+    lines.append(" " * 22 + "".join(f"{name:>12}" for name in recall))
+    for title, values in (("Milvus", recall), ("exact, in memory", exact)):
+        lines.append(f"{title:<22}" + "".join(f"{values[name]:>12.2f}" for name in recall))
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Print the metrics and return them, unrounded."""
     arguments = build_parser().parse_args(argv)
@@ -56,13 +91,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     evaluator = Evaluator(text_encoder, store, arguments.split, config)
     metrics = evaluator.measure(text_encoder, projection)
     metrics["gallery"] = len(evaluator.gallery)
+    recall = through_milvus(arguments, (text_encoder, projection, config), store, evaluator) if arguments.milvus else {}
+    exact = dict(metrics)
+    metrics |= {f"milvus_{name}": value for name, value in recall.items()}
     if arguments.json:
         sys.stdout.write(json.dumps(rounded(metrics), indent=2) + "\n")
         return metrics
     sys.stdout.write(
         f"text -> audio on the {arguments.split} split of {store.path}\n"
-        f"{table_with_chance(by_subset(metrics, config.audio_encoder))}\n"
+        f"{table_with_chance(by_subset(exact, config.audio_encoder))}\n"
     )
+    if recall:
+        sys.stdout.write(beside_exact(recall, exact, arguments) + "\n")
     sys.stdout.write("\n".join(f"{name}: {value}" for name, value in rounded(metrics).items()) + "\n")
     return metrics
 

@@ -61,6 +61,26 @@ def track_windows(
         raise AudioError("unreadable", f"{name}: not readable as audio ({error.error_string})") from error
 
 
+def cut_windows(
+    blocks: Iterator[np.ndarray], rate: int, channels: int, formats: Collection[AudioFormat], name: str
+) -> Iterator[dict[AudioFormat, np.ndarray]]:
+    """The windows, as `track_windows` gives them, of sound that another decoder hands over.
+
+    `blocks` are (frames, 1 or 2) float32 at `rate` samples per second; one channel where `channels` is over 2. `name`
+    stands in the errors. Raises `AudioError` for less than 0.5 s.
+    """
+    yield from _Windows(rate, channels, formats).cut(_long_enough(blocks, rate, name), name)
+
+
+def _long_enough(blocks: Iterator[np.ndarray], rate: int, name: str) -> Iterator[np.ndarray]:
+    decoded = 0
+    for block in blocks:
+        decoded += len(block)
+        yield block
+    if decoded < MIN_SECONDS * rate:
+        raise AudioError("too short", f"{name}: {decoded / rate:.3f} s of audio, expected {MIN_SECONDS} or more")
+
+
 def _name(file: str | os.PathLike | BinaryIO) -> str:
     return str(file) if isinstance(file, (str, os.PathLike)) else str(getattr(file, "name", "audio"))
 

@@ -68,3 +68,18 @@ def test_another_store(tmp_path):
 def test_no_checkpoint():
     with pytest.raises(UserError, match=r"gone\.pt: no such file"):
         evaluate.main(["--checkpoint", "gone.pt"])
+
+
+def test_through_milvus_beside_the_exact_figure(capsys):
+    words = ["--checkpoint", "checkpoints/latent_best_r1.pt", "--milvus", "data/eval.db"]
+    metrics = evaluate.main([*words, "--json"])
+    assert json.loads(capsys.readouterr().out)["milvus_t2a_R@1"] == round(metrics["milvus_t2a_R@1"], 2)
+    for kind in ("FLAT", "IVF_FLAT"):  # once more over what is there
+        again = evaluate.main([*words, "--index-type", kind])
+        for k in (1, 5, 10):  # five recordings: every index is exact
+            assert again[f"milvus_t2a_R@{k}"] == pytest.approx(metrics[f"t2a_R@{k}"])
+    shown = capsys.readouterr().out
+    assert "text -> audio through data/eval.db, IVF_FLAT" in shown
+    assert "exact, in memory" in shown
+    with pytest.raises(UserError, match="--index-type: expected one of HNSW, IVF_FLAT, FLAT, found 'hnsw'"):
+        evaluate.main([*words, "--index-type", "hnsw"])

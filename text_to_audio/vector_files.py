@@ -1,0 +1,239 @@
+"""The plain vectors of a library, kept beside its index: float16 rows in flat files, and a catalogue of the tracks.
+
+    FOLDER/SPACE/vectors.f16        (rows, D) float16, little-endian, a row per track
+    FOLDER/SPACE/windows.f16        the same, a row per ten-second window (--moments)
+    FOLDER/SPACE/catalogue.sqlite   which file each row was made from, its tags, and what the vectors are
+
+A row is written and flushed to disk before the catalogue names it, and no row that the catalogue names is ever
+written over: a process killed at any instant leaves whole tracks alone.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from text_to_audio.errors import UserError
+
+DTYPE = np.dtype("<f2")
+_SPACE_KEYS = ("space", "dim", "recipe", "encoder", "revision")
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS tracks (
+    id INTEGER PRIMARY KEY, path TEXT UNIQUE NOT NULL, size INTEGER, mtime_ns INTEGER, hash BLOB,
+    title TEXT, artist TEXT, album TEXT, duration REAL, row INTEGER UNIQUE NOT NULL, version INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS windows (
+    track INTEGER NOT NULL, start REAL NOT NULL, row INTEGER PRIMARY KEY, version INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS windows_of_track ON windows (track);
+CREATE INDEX IF NOT EXISTS tracks_by_hash ON tracks (hash);
+"""
+
+
+@dataclass(frozen=True)
+class Track:
+    """A track of the catalogue; `row` is its vector's, `version` grows with every change to the track."""
+
+    id: int
+    path: str
+    size: int
+    mtime_ns: int
+    hash: bytes
+    title: str
+    artist: str
+    album: str
+    duration: float
+    row: int = -1
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of a track: where it starts in seconds, and the row of its vector."""
+
+    track: int
+    start: float
+    row: int
+    version: int
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Track))
+_MARKS = ", ".join("?" for _ in fields(Track))
+
+
+def vectors_folder(uri: str) -> Path:
+    """Where the plain vectors of an index are kept: `data/library.vectors` for `data/library.db` and for a server."""
+    return Path(uri).with_suffix(".vectors") if "://" not in uri else Path("data/library.vectors")
+
+
+class VectorFiles:
+    """The vectors and the catalogue of one audio space. One process writes, others may read.
+
+    Opened with `space` alone for reading; a writer gives the whole of `about` ({space, dim, recipe, encoder,
+    revision}), by which the files are made where they are missing. Raises `UserError` where they are missing, or
+    hold vectors of something else.
+    """
+
+    def __init__(self, folder: str | Path, space: str, about: dict | None = None):
+        self.folder = Path(folder) / space
+        catalogue = self.folder / "catalogue.sqlite"
+        if about is None and not catalogue.is_file():
+            raise UserError(f"{self.folder}: no plain vectors there; expected those that index_library.py keeps")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(catalogue, timeout=60)
+        try:
+            if about is not None:
+                self._database.executescript(_TABLES)
+                self._settle(about)
+            self.about = self._read_about()
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{catalogue}: expected a catalogue of index_library.py ({error})") from error
+        self.dim = int(self.about["dim"])
+        self._free: dict[str, Iterator[int]] = {}
+        self._version = self._highest_version()
+
+    def _settle(self, about: dict) -> None:
+        """Note what the vectors are, or check that they are it."""
+        with self._database:
+            found = dict(self._database.execute("SELECT key, value FROM meta"))
+            wanted = {key: str(about.get(key) or "") for key in _SPACE_KEYS}
+            for key, value in wanted.items():
+                if found and found.get(key) != value:
+                    raise UserError(
+                        f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to "
+                        f"be computed again: remove that folder, or name another with --vectors-dir"
+                    )
+            self._database.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", wanted.items())
+
+    def _read_about(self) -> dict:
+        return dict(self._database.execute("SELECT key, value FROM meta"))
+
+    def _highest_version(self) -> int:
+        highest = "SELECT max(version) FROM "
+        return max(self._database.execute(highest + table).fetchone()[0] or 0 for table in ("tracks", "windows"))
+
+    def close(self) -> None:
+        """Close the catalogue."""
+        self._database.close()
+
+    def __enter__(self) -> "VectorFiles":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # reading
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The tracks' vectors, (rows, dim) float16, mapped; rows no track names may hold anything."""
+        return self._map("vectors")
+
+    @property
+    def windows(self) -> np.ndarray:
+        """The windows' vectors, (rows, dim) float16, mapped."""
+        return self._map("windows")
+
+    def _map(self, name: str) -> np.ndarray:
+        path = self.folder / f"{name}.f16"
+        rows = path.stat().st_size // (DTYPE.itemsize * self.dim) if path.is_file() else 0
+        if rows == 0:
+            return np.zeros((0, self.dim), DTYPE)
+        return np.memmap(path, DTYPE, "r", shape=(rows, self.dim))
+
+    def __len__(self) -> int:
+        return self._database.execute("SELECT count(*) FROM tracks").fetchone()[0]
+
+    def tracks(self) -> Iterator[Track]:
+        """Every track, by row."""
+        for values in self._database.execute(f"SELECT {_COLUMNS} FROM tracks ORDER BY row"):
+            yield Track(*values)
+
+    def find(self, **where: object) -> Track | None:
+        """The first track with this column of this value."""
+        ((column, value),) = where.items()
+        found = self._database.execute(f"SELECT {_COLUMNS} FROM tracks WHERE {column} = ? LIMIT 1", (value,)).fetchone()
+        return Track(*found) if found else None
+
+    def rows_of(self, ids: Iterable[int]) -> dict[int, int]:
+        """The rows of tracks, by id, of those that are there."""
+        rows = {}
+        for each in ids:
+            if found := self._database.execute("SELECT row FROM tracks WHERE id = ?", (each,)).fetchone():
+                rows[each] = found[0]
+        return rows
+
+    def windows_of(self, track: int | None = None) -> Iterator[Window]:
+        """The windows of a track in their order; of every track by row, where none is named."""
+        where, values = ("WHERE track = ? ORDER BY start", (track,)) if track is not None else ("ORDER BY row", ())
+        for found in self._database.execute(f"SELECT track, start, row, version FROM windows {where}", values):
+            yield Window(*found)
+
+    def has_windows(self, track: int) -> bool:
+        """Whether a track's windows are kept."""
+        return self._database.execute("SELECT 1 FROM windows WHERE track = ?", (track,)).fetchone() is not None
+
+    @property
+    def holds_windows(self) -> bool:
+        """Whether windows are kept of any track."""
+        return self._database.execute("SELECT 1 FROM windows LIMIT 1").fetchone() is not None
+
+    # writing
+
+    def write(self, name: str, vectors: np.ndarray) -> list[int]:
+        """Write vectors (n, dim) to free rows of "vectors" or "windows"; they count once `put` names them.
+
+        Raises `ValueError` for a value that float16 cannot hold.
+        """
+        with np.errstate(over="ignore"):  # told below
+            rows = np.asarray(vectors).astype(DTYPE)
+        if not np.isfinite(rows).all():
+            raise ValueError("a vector does not fit float16")
+        numbers = [next(self._free_rows(name)) for _ in rows]
+        path = self.folder / f"{name}.f16"
+        path.touch()
+        with open(path, "r+b") as file:
+            for number, row in zip(numbers, rows, strict=True):
+                file.seek(number * row.nbytes)
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        return numbers
+
+    def _free_rows(self, name: str) -> Iterator[int]:
+        if name not in self._free:
+            table = "tracks" if name == "vectors" else "windows"
+            used = {row for (row,) in self._database.execute(f"SELECT row FROM {table}")}
+            top = max(used, default=-1) + 1
+            gaps = [row for row in range(top) if row not in used]
+            self._free[name] = (row for part in (gaps, _count_from(top)) for row in part)
+        return self._free[name]
+
+    def put(self, track: Track, windows: list[tuple[float, int]] | None = None) -> None:
+        """Name a track's row, in the place of the track with its id; windows: (start, row), None leaves what is there.
+
+        Rows that become free are used again by a later run only, when nothing can refer to them.
+        """
+        self._version += 1
+        with self._database:
+            values = (*astuple(track)[:-1], self._version)
+            self._database.execute(f"INSERT OR REPLACE INTO tracks ({_COLUMNS}) VALUES ({_MARKS})", values)
+            if windows is not None:
+                self._database.execute("DELETE FROM windows WHERE track = ?", (track.id,))
+                rows = [(track.id, start, row, self._version) for start, row in windows]
+                self._database.executemany("INSERT INTO windows VALUES (?, ?, ?, ?)", rows)
+
+    def remove(self, ids: Iterable[int]) -> None:
+        """Take tracks and their windows out of the catalogue."""
+        with self._database:
+            for each in ids:
+                self._database.execute("DELETE FROM tracks WHERE id = ?", (each,))
+                self._database.execute("DELETE FROM windows WHERE track = ?", (each,))
+
+
+def _count_from(number: int) -> Iterator[int]:
+    while True:
+        yield number
+        number += 1
