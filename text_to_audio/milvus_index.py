@@ -176,13 +176,14 @@ class VectorDatabase:
             schema.add_field("duration", DataType.DOUBLE)
         self._register(name, {**identity, "search_params": index.search_params})
         self._client.create_collection(name, schema=schema, consistency_level="Strong")
-        if not self._local:  # a server builds as rows come; Lite would build anew with every file that it merges
-            self._create_index(name, index)
+        self._create_index(name, index)
 
     def _create_index(self, name: str, index: IndexChoice) -> None:
         params = self._client.prepare_index_params()
         params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=index.build_params)
         self._tell(lambda: self._client.create_index(name, params))
+        if self._local:  # a loaded one would be built anew with every data file that Lite merges; `build` loads it
+            self._tell(lambda: self._client.release_collection(name))
 
     def _register(self, name: str, identity: dict) -> None:
         if not self._client.has_collection(_REGISTER):
@@ -259,7 +260,7 @@ class VectorDatabase:
         """
         kind = index.kind
         self._tell(lambda: self._client.flush(name))
-        if not self._client.list_indexes(name):
+        if not self._client.list_indexes(name):  # killed in `create`
             self._create_index(name, index)
         if self._local:  # then loading builds what is missing; a server goes on serving meanwhile
             self._tell(lambda: self._client.release_collection(name))
