@@ -108,7 +108,10 @@ class VectorDatabase:
         if self._local:
             self._check_folder(Path(uri), create)
         try:
-            self._client = MilvusClient(uri, token=token or "", timeout=None if self._local else 30)
+            # Lite's server, in this process, takes pymilvus's pings every ten seconds for an attack and hangs up on a
+            # call that lasts minutes, as loading a large library does
+            options = {"grpc_options": {"grpc.keepalive_time_ms": 86_400_000}} if self._local else {"timeout": 30}
+            self._client = MilvusClient(uri, token=token or "", **options)
         except Exception as error:  # pymilvus wraps some failures and lets others through
             raise UserError(f"{uri}: could not open the database ({_reason(error)})") from error
 
