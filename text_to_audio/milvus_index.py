@@ -18,7 +18,7 @@ FIELD = "embedding"
 SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite does not
 MAX_RESULTS = 16_384  # Milvus's bound on one search
 INDEX_TYPES = {
-    "HNSW": ({"M": 16, "efConstruction": 200}, {"ef": 128}),
+    "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 512}),
     "IVF_FLAT": ({"nlist": 128}, {"nprobe": 10}),
     "FLAT": ({}, {}),
 }  # type -> (build parameters, search parameters)
