@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--types", nargs="+", default=list(INDEX_TYPES), choices=INDEX_TYPES, help="(all)")
     add("--nprobe", type=int, nargs="+", default=[10, 64], help="of IVF_FLAT (%(default)s)")
     add("--nlist", type=int, default=128, help="of IVF_FLAT (%(default)s)")
-    add("--ef", type=int, nargs="+", default=[64, 128, 256], help="of HNSW (%(default)s)")
+    add("--ef", type=int, nargs="+", default=[128, 256, 512, 1024], help="of HNSW (%(default)s)")
     add("--wide-dim", type=int, default=76_800, help="width of the space for the narrow form (%(default)s)")
     add("--wide-tracks", type=int, default=5000, help="its tracks; 0 leaves it out (%(default)s)")
     add("--hidden-dim", type=int, default=1024, help="of its head (%(default)s)")

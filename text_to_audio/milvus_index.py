@@ -18,7 +18,7 @@ FIELD = "embedding"
 SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite does not
 MAX_RESULTS = 16_384  # Milvus's bound on one search
 INDEX_TYPES = {
-    "HNSW": ({"M": 16, "efConstruction": 200}, {"ef": 128}),
+    "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 512}),
     "IVF_FLAT": ({"nlist": 128}, {"nprobe": 10}),
     "FLAT": ({}, {}),
 }  # type -> (build parameters, search parameters)
@@ -108,7 +108,10 @@ class VectorDatabase:
         if self._local:
             self._check_folder(Path(uri), create)
         try:
-            self._client = MilvusClient(uri, token=token or "", timeout=None if self._local else 30)
+            # Lite's server, in this process, takes pymilvus's pings every ten seconds for an attack and hangs up on a
+            # call that lasts minutes, as loading a large library does
+            options = {"grpc_options": {"grpc.keepalive_time_ms": 86_400_000}} if self._local else {"timeout": 30}
+            self._client = MilvusClient(uri, token=token or "", **options)
         except Exception as error:  # pymilvus wraps some failures and lets others through
             raise UserError(f"{uri}: could not open the database ({_reason(error)})") from error
 
@@ -176,13 +179,14 @@ class VectorDatabase:
             schema.add_field("duration", DataType.DOUBLE)
         self._register(name, {**identity, "search_params": index.search_params})
         self._client.create_collection(name, schema=schema, consistency_level="Strong")
-        if not self._local:  # a server builds as rows come; Lite would build anew with every file that it merges
-            self._create_index(name, index)
+        self._create_index(name, index)
 
     def _create_index(self, name: str, index: IndexChoice) -> None:
         params = self._client.prepare_index_params()
         params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=index.build_params)
         self._tell(lambda: self._client.create_index(name, params))
+        if self._local:  # a loaded one would be built anew with every data file that Lite merges; `build` loads it
+            self._tell(lambda: self._client.release_collection(name))
 
     def _register(self, name: str, identity: dict) -> None:
         if not self._client.has_collection(_REGISTER):
@@ -259,7 +263,7 @@ class VectorDatabase:
         """
         kind = index.kind
         self._tell(lambda: self._client.flush(name))
-        if not self._client.list_indexes(name):
+        if not self._client.list_indexes(name):  # killed in `create`
             self._create_index(name, index)
         if self._local:  # then loading builds what is missing; a server goes on serving meanwhile
             self._tell(lambda: self._client.release_collection(name))
