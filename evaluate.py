@@ -56,9 +56,9 @@ def through_milvus(
 ) -> dict[str, float]:
     """Text -> audio recall of the split's captions through a Milvus index of its recordings, in percent."""
     # Here, so that measuring in memory, as training does, needs no Milvus.
-    from text_to_audio.index_space import IndexSpace
-    from text_to_audio.milvus_evaluation import index_gallery, milvus_recall
-    from text_to_audio.milvus_index import IndexChoice, VectorDatabase
+    from music_library.evaluation import index_gallery, milvus_recall
+    from music_library.index_space import IndexSpace
+    from music_library.milvus_index import IndexChoice, VectorDatabase
 
     text_encoder, projection, config = models
     gallery, name = evaluator.gallery, config.audio_encoder

@@ -12,15 +12,15 @@ from tqdm import tqdm
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
 from embedding_models.track_workers import EncoderSpec, embed_tracks
+from music_library.index_space import IndexSpace, read_head
+from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
+from music_library.searching import DEFAULT_URI
+from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
+from music_library.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError, run_script
-from text_to_audio.index_space import IndexSpace, read_head
-from text_to_audio.library_update import bring_over, check_collections, look_through, prune, sync, take_events
 from text_to_audio.logs import start_log
-from text_to_audio.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
-from text_to_audio.searching import DEFAULT_URI
 from text_to_audio.text_model import ProjectionHead
-from text_to_audio.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.work_file import Lock
 
 EXAMPLES = """examples:

@@ -5,10 +5,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from music_library.milvus_index import MAX_RESULTS
+from music_library.playlists import as_json, one_line, table, write_playlist
+from music_library.searching import DEFAULT_URI, Hit, Searcher, open_searcher, without
 from text_to_audio.errors import UserError, run_script
-from text_to_audio.milvus_index import MAX_RESULTS
-from text_to_audio.playlists import as_json, one_line, table, write_playlist
-from text_to_audio.searching import DEFAULT_URI, Hit, Searcher, open_searcher, without
 
 EXAMPLES = """examples:
   python search.py "calm piano with soft strings"
@@ -98,7 +98,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[str, str] | None:
 
 def serve_page(args: argparse.Namespace, mapping: tuple[str, str] | None) -> None:
     """The web page and its API until a signal comes; the model is loaded meanwhile."""
-    from text_to_audio.serving import serve  # here, as the web framework is of no use to the other commands
+    from music_library.serving import serve  # here, as the web framework is of no use to the other commands
 
     asked = {"QUERY": args.query, "--queries": args.queries, "--like": args.like, "--not": args.unwanted}
     asked |= {"--json": args.json, "--playlist": args.playlist, "--moments": args.moments}

@@ -32,14 +32,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
 import search
 from embedding_models.enrichment import RECIPE
+from music_library.index_space import IndexSpace
+from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
+from music_library.updating import sync
+from music_library.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.checkpoints import model_state, save_checkpoint
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError, run_script
-from text_to_audio.index_space import IndexSpace
-from text_to_audio.library_update import sync
-from text_to_audio.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
 from text_to_audio.text_model import ProjectionHead, TextEncoder
-from text_to_audio.vector_files import Track, VectorFiles, vectors_folder
 
 RANK = 64
 WORDS = (
@@ -47,7 +47,7 @@ WORDS = (
     *("piano", "guitar", "strings", "drums", "bass", "choir", "synth", "flute", "brass", "organ", "harp", "cello"),
     *("jazz", "rock", "folk", "house", "ambient", "techno", "metal", "soul", "funk", "blues", "reggae", "waltz"),
 )
-UNBATCHED = "from text_to_audio import query_worker; query_worker.MAX_BATCH = 1; import search; search.main()"
+UNBATCHED = "from music_library import query_worker; query_worker.MAX_BATCH = 1; import search; search.main()"
 HOSTILE = [
     f"/api/search?q={'a' * 2**20}",
     "/api/search?q=piano&k=1000000000",

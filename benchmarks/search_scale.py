@@ -12,10 +12,10 @@ import numpy as np
 import psutil
 import torch
 
+from music_library.index_space import IndexSpace
+from music_library.milvus_index import FIELD, INDEX_TYPES, IndexChoice, VectorDatabase
 from text_to_audio.errors import UserError, run_script
-from text_to_audio.index_space import IndexSpace
 from text_to_audio.inference import embed_texts_batch, load_checkpoint
-from text_to_audio.milvus_index import FIELD, INDEX_TYPES, IndexChoice, VectorDatabase
 from text_to_audio.text_model import ProjectionHead
 
 TOP = 10

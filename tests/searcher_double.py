@@ -9,8 +9,8 @@ import time
 import numpy as np
 import soundfile
 
-from text_to_audio.searching import Hit
-from text_to_audio.serving import create_app, listen, make_server
+from music_library.searching import Hit
+from music_library.serving import create_app, listen, make_server
 
 HOSTILE = '<img src=x onerror="document.title=1"><b>"\'&'
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from small_library import base_text_model, write_checkpoint, write_music
 
-from text_to_audio.index_space import IndexSpace, read_head
-from text_to_audio.milvus_index import FIELD, VectorDatabase
-from text_to_audio.vector_files import VectorFiles
+from music_library.index_space import IndexSpace, read_head
+from music_library.milvus_index import FIELD, VectorDatabase
+from music_library.vector_files import VectorFiles
 
 TESTS = Path(__file__).parent
 KILLS = 10

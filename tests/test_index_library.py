@@ -13,11 +13,11 @@ from small_library import base_text_model, write_checkpoint, write_music, write_
 from small_musicbench import clip
 
 import index_library
-from text_to_audio import milvus_index
+from music_library import milvus_index
+from music_library.index_space import IndexSpace, read_head
+from music_library.milvus_index import FIELD, IndexChoice, VectorDatabase
+from music_library.vector_files import VectorFiles
 from text_to_audio.errors import UserError
-from text_to_audio.index_space import IndexSpace, read_head
-from text_to_audio.milvus_index import FIELD, IndexChoice, VectorDatabase
-from text_to_audio.vector_files import VectorFiles
 
 QUOTED = 'it\'s "quoted"; DROP TABLE.wav'
 ROOT = Path(index_library.__file__).parent
@@ -161,7 +161,7 @@ def test_an_unreadable_file_and_folder(index, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    monkeypatch.setattr("text_to_audio.library_update.content_hash", refuse_track_1)
+    monkeypatch.setattr("music_library.updating.content_hash", refuse_track_1)
     os.utime(music / "track 1.flac", (5, 5))
     log = index(music, "--prune")
     assert "shut: Permission denied" in log
@@ -170,7 +170,7 @@ def test_an_unreadable_file_and_folder(index, monkeypatch):
 
 
 def refuse_track_1(path):
-    from text_to_audio.library import content_hash
+    from music_library.music_folder import content_hash
 
     if path.name == "track 1.flac":
         raise PermissionError(13, "Permission denied", str(path))
@@ -309,7 +309,7 @@ def test_a_server_several_may_use(index, checkpoints, tmp_path):
     import socket
     import time
 
-    from text_to_audio.searching import open_searcher
+    from music_library.searching import open_searcher
 
     music = write_music(Path("music"), 4)
     with socket.socket() as free:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from text_to_audio.index_space import IndexSpace
-from text_to_audio.narrow_index import NarrowForm, projection_identity, text_basis
+from music_library.index_space import IndexSpace
+from music_library.narrow_index import NarrowForm, projection_identity, text_basis
 from text_to_audio.text_model import ProjectionHead
 
 

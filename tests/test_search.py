@@ -11,10 +11,10 @@ from small_library import base_text_model, write_checkpoint, write_music, write_
 
 import index_library
 import search
+from music_library.playlists import clock
+from music_library.searching import open_searcher, replaced_prefix, track_name, track_number, without
+from music_library.vector_files import VectorFiles
 from text_to_audio.errors import UserError
-from text_to_audio.playlists import clock
-from text_to_audio.searching import open_searcher, replaced_prefix, track_name, track_number, without
-from text_to_audio.vector_files import VectorFiles
 
 SPACES = {"muq": "library.db", "mert": "library.db"}  # mert is indexed in the narrow form
 

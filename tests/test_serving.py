@@ -14,11 +14,11 @@ import soundfile
 from mutagen.flac import FLAC, Picture
 from searcher_double import HOSTILE, DoubleSearcher, running_server
 
-from text_to_audio import query_worker
+from music_library import query_worker
+from music_library.query_worker import NotReady, QueryWorker, TextQuery, VectorCache
+from music_library.searching import without
+from music_library.serving import MAX_K, MAX_QUERY, allowed_hosts, listen, serve
 from text_to_audio.errors import UserError
-from text_to_audio.query_worker import NotReady, QueryWorker, TextQuery, VectorCache
-from text_to_audio.searching import without
-from text_to_audio.serving import MAX_K, MAX_QUERY, allowed_hosts, listen, serve
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ JSON = {"Content-Type": "application/json"}
         ("/audio/%2Fetc%2Fpasswd", {}, 404),
         ("/cover/..%2F..%2Fetc%2Fpasswd", {}, 404),
         ("/audio/id%00", {}, 404),
-        ("/../text_to_audio/serving.py", {}, 404),
+        ("/../music_library/serving.py", {}, 404),
         ("/nothing", {}, 404),
     ],
 )

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
+from music_library.music_folder import audio_files, content_hash, read_tags, track_id
+from music_library.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.errors import UserError
-from text_to_audio.library import audio_files, content_hash, read_tags, track_id
-from text_to_audio.vector_files import Track, VectorFiles, vectors_folder
 
 ABOUT = {"space": "muq", "dim": 4, "recipe": "r1", "encoder": "some/model", "revision": None}
 

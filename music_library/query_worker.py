@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from music_library.searching import without
 from text_to_audio.errors import UserError
-from text_to_audio.searching import without
 
 if TYPE_CHECKING:
-    from text_to_audio.searching import Hit, Searcher
+    from music_library.searching import Hit, Searcher
 
 MAX_BATCH = 64
 """Text queries answered by one pass of the text model and one search."""

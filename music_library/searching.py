@@ -5,12 +5,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from music_library.index_space import IndexSpace, recorded_space
+from music_library.milvus_index import MAX_RESULTS, Found, VectorDatabase
+from music_library.vector_files import VectorFiles, vectors_folder
 from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.errors import UserError
-from text_to_audio.index_space import IndexSpace, recorded_space
 from text_to_audio.inference import embed_texts_batch, load_checkpoint
-from text_to_audio.milvus_index import MAX_RESULTS, Found, VectorDatabase
-from text_to_audio.vector_files import VectorFiles, vectors_folder
 
 DEFAULT_URI = "data/library.db"
 TRACK_FIELDS = ["path", "title", "artist", "album", "duration"]
@@ -131,7 +131,7 @@ class Searcher:
 
     def track_of(self, path: str | Path) -> str | None:
         """The id of the track at a path (as indexed or as mapped), or None."""
-        from text_to_audio.library import track_id  # here, as the web page has no use for the folder walk
+        from music_library.music_folder import track_id  # here, as the web page has no use for the folder walk
 
         back = self._map_path and (self._map_path[1], self._map_path[0])
         for each in (str(path), replaced_prefix(str(path), back)):

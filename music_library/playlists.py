@@ -6,8 +6,8 @@ import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
+from music_library.searching import Hit
 from text_to_audio.errors import UserError
-from text_to_audio.searching import Hit
 from text_to_audio.store_writing import publish
 
 _TITLE, _ARTIST = 32, 24  # columns of the table

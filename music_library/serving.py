@@ -22,13 +22,13 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from text_to_audio.api_listing import api_listing
-from text_to_audio.cover_art import cover_art
+from music_library.api_listing import api_listing
+from music_library.cover_art import cover_art
+from music_library.query_worker import NotReady, QueryWorker, Refused, TextQuery
 from text_to_audio.errors import UserError
-from text_to_audio.query_worker import NotReady, QueryWorker, Refused, TextQuery
 
 if TYPE_CHECKING:
-    from text_to_audio.searching import Hit, Searcher
+    from music_library.searching import Hit, Searcher
 
 MAX_QUERY, MAX_K = 1000, 100
 """The longest query in characters, and the most tracks of one answer."""

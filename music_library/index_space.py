@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from music_library.milvus_index import SERVER_MAX_DIM
+from music_library.narrow_index import NarrowForm, projection_identity, text_basis
 from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError
-from text_to_audio.milvus_index import SERVER_MAX_DIM
-from text_to_audio.narrow_index import NarrowForm, projection_identity, text_basis
 from text_to_audio.store_writing import publish
 from text_to_audio.text_model import ProjectionHead
 
