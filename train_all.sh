@@ -12,7 +12,7 @@ encoders=(latent muq mert)
 checkpoint_dir=checkpoints
 joint=
 previous=
-words=()
+words=()  # below, ${words[@]+...}: an empty list is an error in old versions of bash
 for word in "$@"; do
     if [ "$word" = --joint ]; then
         joint=1
@@ -28,11 +28,11 @@ done
 
 if [ "$joint" ]; then
     echo "=== ${encoders[*]}"
-    "$python" "$here/train.py" --audio-encoder "${encoders[@]}" "${words[@]}"
+    "$python" "$here/train.py" --audio-encoder "${encoders[@]}" ${words[@]+"${words[@]}"}
 else
     for encoder in "${encoders[@]}"; do
         echo "=== $encoder"
-        "$python" "$here/train.py" --audio-encoder "$encoder" "${words[@]}"
+        "$python" "$here/train.py" --audio-encoder "$encoder" ${words[@]+"${words[@]}"}
     done
 fi
 

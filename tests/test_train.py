@@ -292,6 +292,20 @@ def test_train_all_passes_flags_on_and_ends_with_the_summary(recorder, tmp_path)
     assert done.stdout.endswith("SUMMARY\n")
 
 
+def test_train_all_joint_is_one_run(recorder, tmp_path):
+    done, calls = run_all(recorder, tmp_path, "--epochs", "3", "--joint")
+    assert calls == [
+        f"{ROOT}/train.py --audio-encoder latent muq mert --epochs 3",
+        "-m text_to_audio.summary checkpoints",
+    ]
+    assert done.returncode == 0
+    _, calls = run_all(recorder, tmp_path)
+    assert calls[2:] == [
+        *(f"{ROOT}/train.py --audio-encoder {name}" for name in ("latent", "muq", "mert")),
+        "-m text_to_audio.summary checkpoints",
+    ]
+
+
 def test_train_all_stops_at_the_first_failure(recorder, tmp_path):
     done, calls = run_all(recorder, tmp_path, fail="muq")
     assert done.returncode == 3
