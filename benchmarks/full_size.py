@@ -8,7 +8,6 @@ peak of memory printed is that part's alone.
 
 import argparse
 import logging
-import multiprocessing
 import resource
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
 import train
+from benchmarks.own_process import in_own_process
 from embedding_models import MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from examples import make_tiny_models as tiny
 from text_to_audio.batching import plan_epoch
@@ -140,23 +140,13 @@ def training_step(precision: str, batch_size: int, accumulation: int, folder: Pa
     )
 
 
-def _child(task: Callable, sender) -> None:
-    result = task()
-    sender.send((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+def _with_peak(task: Callable) -> tuple[str | None, float]:
+    return task(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def in_own_process(title: str, task: Callable[[], str | None]) -> None:
+def show(title: str, task: Callable[[], str | None]) -> None:
     """Run a task in a fresh process; print what it says and that process's peak of memory."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(task, sender))
-    process.start()
-    sender.close()
-    try:
-        said, peak = receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"{title}: the process ended without a result") from None
-    process.join()
+    said, peak = in_own_process(partial(_with_peak, task))
     if said is not None:
         print(f"{title}: {said}, peak {peak:.1f} GB", flush=True)
 
@@ -181,13 +171,13 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if part != "train":
-                in_own_process(part, partial(write_encoder, part, folder))
-                in_own_process(part, partial(embed_clip, part, folder))
+                show(part, partial(write_encoder, part, folder))
+                show(part, partial(embed_clip, part, folder))
                 continue
-            in_own_process(part, partial(write_text_model, args.layers, folder))
+            show(part, partial(write_text_model, args.layers, folder))
             full = partial(training_step, "fp32", args.batch_size, args.passes, folder)
-            in_own_process(f"train float32, {args.layers} of 36 layers", full)
-            in_own_process(f"train bf16, {args.layers} of 36 layers", partial(training_step, "bf16", 2, 1, folder))
+            show(f"train float32, {args.layers} of 36 layers", full)
+            show(f"train bf16, {args.layers} of 36 layers", partial(training_step, "bf16", 2, 1, folder))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ of what torch holds, on a CPU it needs Linux.
 
 import argparse
 import logging
-import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
@@ -25,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
 import train
+from benchmarks.own_process import in_own_process, peak_growth
 from examples.make_tiny_models import QWEN3_SHAPE, write_qwen3
 from text_to_audio.batching import plan_epoch
 from text_to_audio.config import TrainingConfig
@@ -118,39 +117,19 @@ def compare_times(folder: Path, args: argparse.Namespace, checkpointing: str) ->
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def step_memory(folder: Path, args: argparse.Namespace, name: str, checkpointing: str, sender) -> None:
-    """Send the bytes by which a step raises the peak over what the prepared run holds."""
+def step_memory(folder: Path, args: argparse.Namespace, name: str, checkpointing: str) -> int:
+    """The bytes by which a step raises the peak over what the prepared run holds."""
     torch.set_num_threads(args.threads)
     run = prepared(folder, args, name, checkpointing)
     batch = plan(run)[0]
     seconds_of_step(run, batch[:2])  # what libraries set up at their first call is not the step's
-    if run.config.torch_device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train.train_step(run, run.reader.read(0, batch))
-        grown = torch.cuda.max_memory_allocated() - before
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = psutil.Process().memory_info().rss
-        train.train_step(run, run.reader.read(0, batch))
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        grown = 1024 * int(peak.group(1)) - before
-    sender.send(grown)
-
-
-def in_own_process(task) -> float:
-    """What a task sends from a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=task, args=(sender,))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError("the process ended without a result") from None
-    finally:
-        process.join()
+    data = run.reader.read(0, batch)
+    if run.config.torch_device.type != "cuda":
+        return peak_growth(lambda: train.train_step(run, data))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train.train_step(run, data)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def build_parser() -> argparse.ArgumentParser:

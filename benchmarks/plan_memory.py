@@ -9,9 +9,7 @@ that later ones do not fit, and a run of small passes takes about a quarter more
 """
 
 import argparse
-import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -19,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from tqdm import tqdm
 from transformers import AutoModel
@@ -27,6 +24,7 @@ from transformers import AutoModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
 import train
 from benchmarks.full_size import QWEN3_SHAPE
+from benchmarks.own_process import in_own_process, peak_growth
 from examples.make_tiny_models import CORPUS, write_qwen3
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import run_script
@@ -75,12 +73,8 @@ def resident_growth(folder: Path, args: argparse.Namespace, checkpointing: str) 
     """Bytes by which a whole run raises the peak of resident memory, from start to end."""
     os.chdir(folder)  # for train.log
     torch.set_num_threads(args.threads)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = psutil.Process().memory_info().rss
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings(folder, args, checkpointing).items()]
-    train.main(flags)
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(peak.group(1)) - before
+    return peak_growth(lambda: train.main(flags))
 
 
 def planned(folder: Path, args: argparse.Namespace, checkpointing: str) -> tuple[dict[str, int], float]:
@@ -90,25 +84,6 @@ def planned(folder: Path, args: argparse.Namespace, checkpointing: str) -> tuple
     shape = Shape.of(EmbeddingStore(config.data_path), config.audio_encoders)
     found = footprint(config, shape, train.train_step)
     return found.peak, time.perf_counter() - start
-
-
-def _child(task, sender) -> None:
-    sender.send(task())
-
-
-def in_own_process(task):
-    """What a task returns in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(task, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError("the process ended without a result") from None
-    finally:
-        process.join()
 
 
 def build_parser() -> argparse.ArgumentParser:
