@@ -217,12 +217,12 @@ def test_another_projection_is_refused_and_mended_without_audio(index, checkpoin
         index("--reindex", checkpoint="foreign.pt")
 
 
-def test_other_errors_in_one_line(index, checkpoints, tiny_models):
+def test_other_errors_in_one_line(index, checkpoints, tmp_path):
     music = write_music(Path("music"), 1)
     with pytest.raises(UserError, match="expected vectors of the recipe"):
         index(music, checkpoint="foreign.pt")
     with pytest.raises(UserError, match="expected vectors 192 wide"):
-        index(music, "--muq-model", wider(tiny_models))
+        index(music, "--muq-model", wider(tmp_path))
     with pytest.raises(UserError, match="expected MUSIC_DIR, --reindex or --from-collection"):
         index()
     with pytest.raises(UserError, match=r"library\.sqlite: expected a folder whose name ends in \.db"):
@@ -232,12 +232,12 @@ def test_other_errors_in_one_line(index, checkpoints, tiny_models):
         index(music, "--milvus-uri", "file.db")
 
 
-def wider(models):
-    """A MuQ-MuLan of another width."""
+def wider(parent):
+    """A MuQ-MuLan of another width, in a new folder."""
     from examples.make_tiny_models import MULAN_CONFIG, write_muq
 
     config = {**MULAN_CONFIG, "mulan": {**MULAN_CONFIG["mulan"], "dim_latent": 48}}
-    folder = models / "wider"
+    folder = parent / "wider"
     folder.mkdir()
     write_muq(folder, mulan_config=config)
     return folder / "muq_mulan"
