@@ -4,14 +4,18 @@ import argparse
 import json
 import sys
 
+import torch
+from torch import Tensor
+
 from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.config import TrainingConfig
 from text_to_audio.errors import UserError, run_script
 from text_to_audio.evaluation import Evaluator, by_subset
-from text_to_audio.inference import embed_texts_batch, load_checkpoint
+from text_to_audio.inference import load_checkpoint
 from text_to_audio.metrics import rounded
 from text_to_audio.store import EmbeddingStore
 from text_to_audio.summary import table_with_chance
+from text_to_audio.text_model import ProjectionHead
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,19 +56,22 @@ def open_store(checkpoint: str, config: TrainingConfig, data_path: str | None) -
 
 
 def through_milvus(
-    arguments: argparse.Namespace, models: tuple, store: EmbeddingStore, evaluator: Evaluator
+    arguments: argparse.Namespace, projection: ProjectionHead, text: Tensor, store: EmbeddingStore, evaluator: Evaluator
 ) -> dict[str, float]:
-    """Text -> audio recall of the split's captions through a Milvus index of its recordings, in percent."""
+    """Text -> audio recall of the split's captions through a Milvus index of its recordings, in percent.
+
+    text: (captions, text_dim) their sentence embeddings.
+    """
     # Here, so that measuring in memory, as training does, needs no Milvus.
     from music_library.evaluation import index_gallery, milvus_recall
     from music_library.index_space import IndexSpace
     from music_library.milvus_index import IndexChoice, VectorDatabase
 
-    text_encoder, projection, config = models
-    gallery, name = evaluator.gallery, config.audio_encoder
+    gallery, name = evaluator.gallery, evaluator.config.audio_encoder
     about, index = store.encoders[name], IndexChoice(arguments.index_type)
     space = IndexSpace(name, projection, about["recipe"], about["id"])
-    texts = embed_texts_batch(gallery.captions.captions, text_encoder, projection, str(config.torch_device))
+    with torch.no_grad():
+        texts = projection.project_text(text).cpu().numpy()
     collection = f"{name}_{arguments.split}"
     with VectorDatabase(arguments.milvus, arguments.milvus_token, create=True) as database:
         index_gallery(database, collection, space, index, store.vectors(arguments.split, name), gallery)
@@ -89,9 +96,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     text_encoder, projection, config = load_checkpoint(arguments.checkpoint, arguments.device)
     evaluator = Evaluator(text_encoder, store, arguments.split, config)
-    metrics = evaluator.measure(text_encoder, projection)
+    text = evaluator.embed(text_encoder)
+    metrics = evaluator.measure(text_encoder, projection, text=text)
     metrics["gallery"] = len(evaluator.gallery)
-    recall = through_milvus(arguments, (text_encoder, projection, config), store, evaluator) if arguments.milvus else {}
+    recall = through_milvus(arguments, projection, text, store, evaluator) if arguments.milvus else {}
     exact = dict(metrics)
     metrics |= {f"milvus_{name}": value for name, value in recall.items()}
     if arguments.json:

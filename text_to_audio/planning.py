@@ -148,7 +148,7 @@ def advice_when_out_of_memory(config: TrainingConfig, take_step: TakeStep) -> It
     """Turn running out of memory, on a GPU or a CPU, into a `UserError` with advice. Checkpoints stay as they are."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
         on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
