@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from text_to_audio.baseline import ridge_metrics
+from text_to_audio.baseline import embed_frozen, ridge_metrics
 from text_to_audio.batching import plan_epoch
 from text_to_audio.checkpoints import checkpoint_path, make_folder, read_checkpoint, restore_weights, save_checkpoint
 from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
@@ -98,11 +98,14 @@ def train(config: TrainingConfig, log: Logger, processes: Processes) -> None:
 
 def report_baseline(run: Run) -> None:
     """Print the test metrics of a ridge regression from the frozen text encoder, beside chance."""
+    tests: list[Evaluator] = []
     for space in run.spaces:
-        test = Evaluator(run.text_encoder, run.store, "test", space.config, run.processes)
-        metrics, penalty = ridge_metrics(
-            run.text_encoder, space.projection, run.captions, run.tokens, space.vectors, space.validation, test
-        )
+        tokens = tests[0].tokens if tests else None
+        tests.append(Evaluator(run.text_encoder, run.store, "test", space.config, run.processes, tokens))
+    caches = run.tokens, run.spaces[0].validation.tokens, tests[0].tokens
+    texts = embed_frozen(run.text_encoder, caches, run.config.batch_size, run.processes)
+    for space, test in zip(run.spaces, tests, strict=True):
+        metrics, penalty = ridge_metrics(texts, space.projection, run.captions, space.vectors, space.validation, test)
         rows = by_subset({**metrics, "gallery": len(test.gallery)}, f"{space.name} ridge")
         run.log.info(f"ridge regression from frozen text, test split, penalty {penalty:g}\n{table_with_chance(rows)}")
 

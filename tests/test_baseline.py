@@ -6,7 +6,7 @@ from conftest import make_header, make_splits, make_vectors
 from tiny_text_models import make_bert
 
 from text_to_audio import baseline
-from text_to_audio.baseline import fit_ridge, ridge_metrics
+from text_to_audio.baseline import embed_frozen, fit_ridge, ridge_metrics
 from text_to_audio.batching import AudioVectors, CaptionSet, TokenCache
 from text_to_audio.config import TrainingConfig
 from text_to_audio.evaluation import Evaluator
@@ -55,7 +55,12 @@ def test_it_is_the_frozen_encoder_s_and_leaves_it_as_it_was(parts):
     config, encoder, store, head, captions, vectors = parts
     tokens = TokenCache(encoder, captions.captions)
     evaluators = [Evaluator(encoder, store, split, config) for split in ("val", "test")]
-    before, penalty = ridge_metrics(encoder, head, captions, tokens, vectors, *evaluators)
+    caches = [tokens, *(each.tokens for each in evaluators)]
+
+    def found():
+        return ridge_metrics(embed_frozen(encoder, caches, 5), head, captions, vectors, *evaluators)
+
+    before, penalty = found()
     assert penalty in baseline.PENALTIES
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -63,7 +68,7 @@ def test_it_is_the_frozen_encoder_s_and_leaves_it_as_it_was(parts):
                 parameter.normal_(0, 0.5)
     trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
     encoder.train()
-    assert ridge_metrics(encoder, head, captions, tokens, vectors, *evaluators) == (before, penalty)
+    assert found() == (before, penalty)
     assert encoder.training
     assert [name for name, parameter in encoder.named_parameters() if parameter.requires_grad] == trained
     adapted = baseline.embed_captions(encoder.eval(), tokens, 5)

@@ -1,6 +1,6 @@
 """Ridge regression from the frozen text encoder into the audio space, in closed form: what training has to beat."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from text_to_audio.batching import AudioVectors, CaptionSet, TokenCache
 from text_to_audio.evaluation import Evaluator, caption_scores, embed_captions, gallery_metrics
+from text_to_audio.processes import ALONE, Processes
 from text_to_audio.text_model import ProjectionHead, TextEncoder
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue; the best on the validation split is taken
@@ -81,27 +82,33 @@ def _frozen(text_encoder: TextEncoder) -> Iterator[None]:
     text_encoder.train(training)
 
 
+def embed_frozen(
+    text_encoder: TextEncoder, tokens: Iterable[TokenCache], batch_size: int, processes: Processes = ALONE
+) -> list[Tensor]:
+    """Embeddings (captions, text_dim) of each of these sets of captions by the text encoder as it was before LoRA."""
+    with _frozen(text_encoder):
+        return [embed_captions(text_encoder, each, batch_size, processes) for each in tokens]
+
+
 def ridge_metrics(
-    text_encoder: TextEncoder,
+    texts: Sequence[Tensor],
     head: ProjectionHead,
     captions: CaptionSet,
-    tokens: TokenCache,
     vectors: AudioVectors,
     validation: Evaluator,
     test: Evaluator,
 ) -> tuple[dict[str, float], float]:
     """Test metrics of a ridge regression on the train split's captions and vectors, and the penalty that was taken.
 
-    Costs one forward pass over all captions, and a matrix (text_dim, audio_dim).
+    texts: what `embed_frozen` gives for the captions of train, validation and test. Costs a matrix (text_dim,
+    audio_dim).
     """
-    size = validation.config.batch_size
-    with _frozen(text_encoder):
-        ridge = fit_ridge(embed_captions(text_encoder, tokens, size, test.processes), captions, vectors, head)
-        texts = {each: embed_captions(text_encoder, each.tokens, size, test.processes) for each in (validation, test)}
+    ridge = fit_ridge(texts[0], captions, vectors, head)
+    text_of = {validation: texts[1], test: texts[2]}
 
     def metrics(evaluator: Evaluator, penalty: float) -> dict[str, float]:
         chosen = replace(ridge, penalty=penalty * ridge.eigenvalues.mean().item())
-        scores = caption_scores(texts[evaluator], chosen, evaluator.vectors, evaluator.gallery.rows)
+        scores = caption_scores(text_of[evaluator], chosen, evaluator.vectors, evaluator.gallery.rows)
         return gallery_metrics(scores, evaluator.gallery)
 
     best = max(PENALTIES, key=lambda penalty: metrics(validation, penalty)["t2a_MRR"])

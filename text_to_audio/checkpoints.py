@@ -33,8 +33,13 @@ def model_state(config: TrainingConfig, text_encoder: TextEncoder, projection: P
     return {
         "config": config.as_dict(),
         "text_encoder_state_dict": text_encoder.trained_state(),
-        "projection_state_dict": {name: value.detach().cpu() for name, value in projection.state_dict().items()},
+        "projection_state_dict": head_state(projection),
     }
+
+
+def head_state(projection: ProjectionHead) -> dict[str, torch.Tensor]:
+    """The head's weights and statistics, on the CPU."""
+    return {name: value.detach().cpu() for name, value in projection.state_dict().items()}
 
 
 def save_checkpoint(path: Path, contents: dict, previous: Path | None = None) -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import torch
 
-from text_to_audio.checkpoints import model_state, restore_weights
+from text_to_audio.checkpoints import head_state, model_state, restore_weights
 from text_to_audio.resuming import Best, Checkpoint, Progress
 from text_to_audio.run import Run, Space
 
@@ -32,10 +32,9 @@ def run_contents(run: Run, scores: dict[str, dict[str, float]]) -> dict:
 
     scores: the validation's, by space. Where the run trains one space, its checkpoint for use is part of it.
     """
-    spaces = {space.name: space_contents(run, space, scores.get(space.name, {})) for space in run.spaces}
     whole = {"step": run.step, "epoch": run.progress.epoch}
-    if len(spaces) == 1:
-        whole |= spaces[run.spaces[0].name]
+    if len(run.spaces) == 1:
+        whole |= space_contents(run, run.spaces[0], scores.get(run.spaces[0].name, {}))
     else:
         whole |= {"text_encoder_state_dict": run.text_encoder.trained_state(), "config": run.config.as_dict()}
     moments = run.optimizer.state_dict()
@@ -49,17 +48,18 @@ def run_contents(run: Run, scores: dict[str, dict[str, float]]) -> dict:
         "random_state": random,
         "progress": {**asdict(run.progress), "losses": torch.as_tensor(run.progress.losses).tolist()},
         "queue": run.queue.state(),
-        "spaces": {
-            space.name: {
-                **{
-                    name: spaces[space.name][name]
-                    for name in ("projection_state_dict", "log_temperature", "audio_space")
-                },
-                "best": {"r1": list(space.best.r1), "r1_epoch": space.best.r1_epoch, "loss": space.best.loss},
-                "points": space.writer.points_of(run.step) if space.writer else {},
-            }
-            for space in run.spaces
-        },
+        "spaces": {space.name: _state_of(run, space, whole) for space in run.spaces},
+    }
+
+
+def _state_of(run: Run, space: Space, whole: dict) -> dict:
+    """What a run that goes on needs of a space. A head that is in `whole` is the same tensors, so it is stored once."""
+    return {
+        "projection_state_dict": whole.get("projection_state_dict") or head_state(space.projection),
+        "log_temperature": space.temperature.log.item(),
+        "audio_space": run.store.encoders[space.name],
+        "best": {"r1": list(space.best.r1), "r1_epoch": space.best.r1_epoch, "loss": space.best.loss},
+        "points": space.writer.points_of(run.step) if space.writer else {},
     }
 
 
