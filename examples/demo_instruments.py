@@ -57,6 +57,22 @@ def harmonic(
     pitch) in cents; `tremolo` and `breath` (noise) are shares of the level; `detune` in cents, a player each.
     """
     n = int((seconds + release) * SAMPLE_RATE)
+    tables = _wavetables(freq, n, slope, even, formants, decay, decay_rise, bloom)
+    time = np.arange(n, dtype=np.float32) / SAMPLE_RATE
+    cents = vibrato * np.minimum(1, time / 0.3) * np.sin(2 * np.pi * 5.5 * time) - scoop * np.exp(-time / 0.05)
+    cycles = np.cumsum(freq / SAMPLE_RATE * np.exp2(cents / 1200, dtype=np.float64))
+    players = (cycles * 2 ** (offset / 1200) + 0.37 * number for number, offset in enumerate(detune))
+    out = sum(_played(tables, phases) for phases in players)
+    out /= np.sqrt(len(detune))
+    if breath:
+        out += breath * noise(n / SAMPLE_RATE + 1e-6, freq, 5000, int(freq))[:n]
+    if tremolo:
+        out *= 1 - tremolo * (0.5 + 0.5 * np.sin(2 * np.pi * 6 * time))
+    return out * envelope(n, attack, release)
+
+
+def _wavetables(freq, n, slope, even, formants, decay, decay_rise, bloom) -> np.ndarray:
+    """A cycle (TABLE samples and one more, to interpolate) for every FRAME of a note's n samples, one after another."""
     h = np.arange(1, max(2, min(48, int(0.46 * SAMPLE_RATE / freq)) + 1))
     level = h**-slope * np.where(h % 2 == 0, even, 1.0)
     if formants:
@@ -69,24 +85,16 @@ def harmonic(
     spectrum = np.zeros((len(t), TABLE // 2 + 1), dtype=complex)
     spectrum[:, h] = rows * np.exp(1j * PHASES[h]) * (TABLE / 2)
     tables = np.fft.irfft(spectrum, TABLE).astype(np.float32)
-    tables = np.concatenate([tables, tables[:, :1]], axis=1).ravel()  # one sample more, to interpolate
-    time = np.arange(n, dtype=np.float32) / SAMPLE_RATE
-    cents = vibrato * np.minimum(1, time / 0.3) * np.sin(2 * np.pi * 5.5 * time) - scoop * np.exp(-time / 0.05)
-    cycles = np.cumsum(freq / SAMPLE_RATE * np.exp2(cents / 1200, dtype=np.float64))
-    row = np.arange(n) // FRAME * (TABLE + 1)
-    out = np.zeros(n, dtype=np.float32)
-    for player, offset in enumerate(detune):
-        phase = (cycles * 2 ** (offset / 1200) + 0.37 * player) % 1 * TABLE
-        index = phase.astype(np.int64)
-        share = (phase - index).astype(np.float32)
-        at = row + np.minimum(index, TABLE - 1)
-        out += tables[at] * (1 - share) + tables[at + 1] * share
-    out /= np.sqrt(len(detune))
-    if breath:
-        out += breath * noise(n / SAMPLE_RATE + 1e-6, freq, 5000, int(freq))[:n]
-    if tremolo:
-        out *= 1 - tremolo * (0.5 + 0.5 * np.sin(2 * np.pi * 6 * time))
-    return out * envelope(n, attack, release)
+    return np.concatenate([tables, tables[:, :1]], axis=1).ravel()
+
+
+def _played(tables: np.ndarray, cycles: np.ndarray) -> np.ndarray:
+    """The note whose phase, in cycles, is `cycles` (n,) float64; each FRAME has a table of its own."""
+    phase = cycles % 1 * TABLE
+    index = phase.astype(np.int64)
+    share = (phase - index).astype(np.float32)
+    at = np.arange(len(cycles)) // FRAME * (TABLE + 1) + np.minimum(index, TABLE - 1)
+    return tables[at] * (1 - share) + tables[at + 1] * share
 
 
 def struck(freq: float, seconds: float, *, partials: tuple, release: float = 0.15, tremolo: float = 0.0):

@@ -1,8 +1,5 @@
-import json
 import os
-import random
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -11,107 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_header, make_splits, make_vectors
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_text_models import make_bert, make_qwen3
+from interrupted_runs import (
+    STEPS,
+    Crash,
+    arguments,
+    assert_same,
+    crash_at,
+    every_step,  # noqa: F401
+    log_text,
+    outcome,
+    parts,  # noqa: F401
+    run_until_crash,
+    whole,  # noqa: F401
+    workplace,  # noqa: F401
+)
 
 import train
-from text_to_audio.errors import Stopped, UserError
+from text_to_audio.errors import UserError
 from text_to_audio.resuming import resume_command
 from text_to_audio.store_writing import write_store
 
 ROOT = Path(train.__file__).parent
-QUICK = "--epochs 3 --batch-size 4 --gradient-accumulation-steps 2 --hidden-dim 32 --lr 1e-2 --text-lr 1e-3"
-STEPS = 30  # 80 captions in batches of 8, three times
-NOT_REPEATED = ("train/captions_per_second", "train/tokens_per_second", "train/memory_gb")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """A store of 40 / 6 / 5 recordings with two captions each, and both kinds of text model."""
-    folder = tmp_path_factory.mktemp("parts")
-    header, splits = make_header(), make_splits((40, 6, 5))
-    write_store(folder / "embeddings.h5", header, splits, make_vectors(header, splits))
-    make_bert(folder / "bert")
-    make_qwen3(folder / "qwen3")
-    return folder
-
-
-def arguments(parts, *words, model="qwen3", encoder="latent"):
-    paths = ["--data-path", str(parts / "embeddings.h5"), "--text-model", str(parts / model), "--device", "cpu"]
-    return ["--audio-encoder", encoder, *paths, *QUICK.split(), *words]
-
-
-@pytest.fixture(scope="module")
-def whole(parts, tmp_path_factory):
-    """What a run leaves that nothing interrupted."""
-    folder, before = tmp_path_factory.mktemp("whole"), os.getcwd()
-    os.chdir(folder)
-    try:
-        train.main(arguments(parts))
-    finally:
-        os.chdir(before)
-    return outcome(folder)
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _every_step():
-    before, train.LOG_EVERY = train.LOG_EVERY, 1
-    yield
-    train.LOG_EVERY = before
-
-
-def outcome(folder):
-    """Curves, the three checkpoints' weights and the test metrics of a run."""
-    events = EventAccumulator(str(folder / "logs/tensorboard/latent"), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag not in NOT_REPEATED]
-    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    weights = {}
-    for which in ("best_r1", "best_loss", "last"):
-        contents = torch.load(folder / f"checkpoints/latent_{which}.pt", weights_only=True)
-        for key in ("text_encoder_state_dict", "projection_state_dict"):
-            weights |= {(which, name): value for name, value in contents[key].items()}
-        weights |= {(which, key): torch.tensor(contents[key]) for key in ("epoch", "step")}
-    summary = json.loads((folder / "checkpoints/training_summary.json").read_text())["latent"]
-    return curves, weights, {key: value for key, value in summary.items() if key != "started"}
-
-
-def assert_same(found, expected):
-    assert found[0] == expected[0]
-    assert found[1].keys() == expected[1].keys()
-    assert all(torch.equal(value, expected[1][name]) for name, value in found[1].items())
-    assert found[2] == expected[2]
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_at(monkeypatch, step, where="train_step"):
-    """Let the run fail when it comes to this step, or to what follows it."""
-    original = getattr(train, where)
-
-    def failing(run, *rest):
-        if run.step == step:
-            raise Crash
-        return original(run, *rest)
-
-    monkeypatch.setattr(train, where, failing)
-
-
-def run_until_crash(parts, monkeypatch, step, *words, where="train_step"):
-    with monkeypatch.context() as patch:
-        crash_at(patch, step, where)
-        with pytest.raises(Crash):
-            train.main(arguments(parts, *words))
-    time.sleep(1.0 - time.time() % 1)  # TensorBoard orders its files by the second
 
 
 @pytest.mark.parametrize("crashes", [(0,), (7,), (10,), (11, 23), (12, 14, 29), (20, 20)])
@@ -153,10 +70,6 @@ def test_settings_with_states_of_their_own(parts, workplace, monkeypatch, words)
         assert all(torch.equal(value, second[key][name]) for name, value in first[key].items())
     assert first["log_temperature"] == second["log_temperature"]
     assert first["metrics"] == second["metrics"]
-
-
-def log_text():
-    return Path("train.log").read_text()
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
@@ -315,61 +228,6 @@ def test_the_command_that_goes_on_means_the_same_settings(parts):
     assert "--max-length" not in again
 
 
-def send(monkeypatch, number, where):
-    """Let a signal come in the middle of `where`: during a step, a save, or in validation."""
-    original, sent = getattr(train, where), []
-
-    def interrupted(*rest):
-        if not sent and rest[0].step >= 13:
-            sent.append(os.kill(os.getpid(), number))
-        return original(*rest)
-
-    monkeypatch.setattr(train, where, interrupted)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["train_step", "save_last", "measure_best"])
-def test_a_signal_saves_and_leaves(parts, workplace, monkeypatch, whole, number, where):
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        send(patch, number, where)
-        with pytest.raises(Stopped) as raised:
-            train.main(arguments(parts, "--save-every-steps", "5"))
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert raised.value.signal_number == number
-    text = str(raised.value)
-    assert text.startswith(f"stopped by {number.name}; go on with: python train.py --audio-encoder latent ")
-    assert text.endswith(" --resume auto")
-    assert "\n" not in text
-    step = torch.load("checkpoints/latent_last.pt", weights_only=True)["step"]
-    assert step == {"train_step": 14, "save_last": 16, "measure_best": 30}[where]
-    time.sleep(1.0 - time.time() % 1)
-    train.main(arguments(parts, "--resume", "auto"))
-    assert_same(outcome(workplace), whole)
-
-
-def test_a_signal_in_validation_is_not_waited_out(parts, workplace, monkeypatch, whole):
-    original, measured = train.Evaluator.measure, []
-
-    def slow(self, *rest):
-        measured.append(time.perf_counter())
-        if len(measured) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
-        return original(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Evaluator, "measure", slow)
-        with pytest.raises(Stopped):
-            train.main(arguments(parts))
-    assert time.perf_counter() - measured[1] < 10
-    last = torch.load("checkpoints/latent_last.pt", weights_only=True)
-    assert (last["step"], last["epoch"], last["progress"]["batches"]) == (20, 1, 10)
-    time.sleep(1.0 - time.time() % 1)
-    train.main(arguments(parts, "--resume", "auto"))
-    assert_same(outcome(workplace), whole)
-
-
 def test_a_full_disk_leaves_both_checkpoints(parts, workplace, monkeypatch):
     run_until_crash(parts, monkeypatch, 9, "--save-every-steps", "4")
     before = {path.name: path.read_bytes() for path in Path("checkpoints").iterdir()}
@@ -386,63 +244,3 @@ def test_a_full_disk_leaves_both_checkpoints(parts, workplace, monkeypatch):
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: checkpoints/latent_last.pt: could not write the checkpoint (File too large); the")
     assert {path.name: path.read_bytes() for path in Path("checkpoints").iterdir()} == before
-
-
-def start(parts, *words):
-    """train.py as a process of its own, with a point per step."""
-    code = (
-        "import sys, train\nfrom text_to_audio.errors import run_script\n"
-        "train.LOG_EVERY = 1\nrun_script(lambda: train.main(sys.argv[1:]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments(parts, *words)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(process, text):
-    """Until the log has this text."""
-    while process.poll() is None and (not Path("train.log").exists() or text not in log_text()):
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_script_leaves_with_the_signal_s_code(parts, workplace, number):
-    process = start(parts, "--epochs", "10000", "--patience", "10000")
-    wait_for_step(process, "epoch 2/")
-    sent = time.perf_counter()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert time.perf_counter() - sent < 30
-    assert process.returncode == 128 + number
-    assert errors.splitlines()[-1].startswith(f"stopped by {number.name}; go on with: python train.py ")
-    assert "Traceback" not in errors
-    assert torch.load("checkpoints/latent_last.pt", weights_only=True)["step"] >= 20
-
-
-def kill_and_resume(parts, kills, seed):
-    """Kill the run at random instants after its start-up, each time resumed; then let it end."""
-    rng = random.Random(seed)
-    words, survived = ["--resume", "auto", "--save-every-steps", "2"], 0
-    while survived < kills:
-        marks = log_text().count("validation: ") if Path("train.log").exists() else 0
-        process = start(parts, *words)
-        while process.poll() is None and (not Path("train.log").exists() or log_text().count("validation: ") == marks):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.25))
-        process.kill()
-        process.communicate()
-        survived += 1
-    process = start(parts, *words)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-
-
-def test_killed_at_random_instants(parts, workplace, whole):
-    kill_and_resume(parts, kills=2, seed=time.time_ns())
-    assert_same(outcome(workplace), whole)
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_instants(parts, workplace, whole):
-    kill_and_resume(parts, kills=10, seed=time.time_ns())
-    assert_same(outcome(workplace), whole)
