@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,23 @@ def test_who_holds_a_lite_folder(index):
             index(music)
         holder.communicate("\n")
     index(music)
+
+
+def test_many_queries_of_a_flat_index_need_no_more_memory_than_one(tmp_path):
+    rng = np.random.default_rng(0)
+    tracks = rng.standard_normal((2000, 256)).astype(np.float32)
+    tracks /= np.linalg.norm(tracks, axis=1, keepdims=True)
+    fields = {"version": 0, "path": "", "title": "", "artist": "", "album": "", "duration": 1.0}
+    with VectorDatabase(str(tmp_path / "flat.db"), create=True) as database:
+        database.create("muq", 256, IndexChoice("FLAT"), {})
+        database.upsert("muq", [{"id": number, FIELD: row, **fields} for number, row in enumerate(tracks)])
+        database.build("muq", IndexChoice("FLAT"))
+        tracemalloc.start()  # Milvus Lite is in this process
+        found = database.search("muq", tracks[:64], 3, [])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert [hits[0].id for hits in found] == list(range(64))
+    assert peak < 40e6  # 64 x 2,000 x 256 differences would be 131 MB
 
 
 @pytest.mark.parametrize("kind", ["FLAT", "IVF_FLAT", "HNSW"])
