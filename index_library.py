@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         left_out = update(args, config, files, moments, log) if args.music_dir else 0
         put_in(args, files, space, choice, moments, log)
     if left_out:
-        log.info("%d files were left out; index_library.log names each", left_out)
+        log.info("files left out: %d; index_library.log names each", left_out)
     return 0
 
 
@@ -202,7 +202,11 @@ def load_encoder(args: argparse.Namespace, config: TrainingConfig) -> tuple[Enco
         name, given or recorded["id"], args.muq_backbone, None if given else recorded.get("revision"),
         args.device, args.dtype,
     )  # fmt: skip
-    encoder = spec.load()
+    try:
+        encoder = spec.load()
+    except UserError as error:
+        hint = "" if given else f"; the checkpoint names this encoder, --{name}-model says where else it is"
+        raise UserError(f"{error}{hint}") from error
     if encoder.dim != config.audio_dim:
         raise UserError(
             f"{spec.model}: expected vectors {config.audio_dim:,} wide, as {args.checkpoint} was trained on, "

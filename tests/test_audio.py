@@ -167,3 +167,17 @@ def test_memory_does_not_grow_with_length(tmp_path):
     (few, small), (many, large) = peak(40), peak(400)
     assert (few, many) == (4, 40)
     assert large < 1.2 * small
+
+
+@pytest.mark.parametrize(("lost", "whole"), [(0.2, True), (0.4, False)])
+def test_a_header_that_counts_a_little_too_much(monkeypatch, lost, whole):
+    """Ogg files do: a few thousand frames more than the decoder gives."""
+    counted = soundfile.SoundFile.frames.fget
+    more = property(lambda self: counted(self) + round(lost * self.samplerate))
+    monkeypatch.setattr(soundfile.SoundFile, "frames", more)
+    data = encoded(sound(12, 24_000), 24_000, "OGG")
+    if whole:
+        assert len(windows(data, MONO)) == 2
+    else:
+        with pytest.raises(AudioError, match="truncated"):
+            windows(data, MONO)
