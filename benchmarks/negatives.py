@@ -180,10 +180,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("--copies", 10, "recordings of a source"),
         ("--gallery", 2_000, "unseen test recordings; half as many for validation"),
         ("--audio-dim", 256, "width of the audio space"),
-        ("--epochs", 4, "passes over the captions at equal steps"),
+        ("--epochs", 3, "passes over the captions at equal steps"),
         ("--batch-size", 32, "captions in a pass"),
         ("--passes", 8, "passes in a step"),
-        ("--width", 256, "width of the text model"),
+        ("--width", 128, "width of the text model"),
         ("--layers", 2, "its layers"),
     ):
         parser.add_argument(flag, type=int, default=value, metavar="INT", help=f"{text} (default: %(default)s)")
