@@ -50,12 +50,12 @@ def whole(parts, tmp_path_factory):
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
     return tmp_path
 
 
 @pytest.fixture(autouse=True, scope="module")
 def every_step():
+    """A TensorBoard point for each step, in the module's fixtures as well as in its tests."""
     before, train.LOG_EVERY = train.LOG_EVERY, 1
     yield
     train.LOG_EVERY = before

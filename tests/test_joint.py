@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_header, make_splits, make_vectors
+from interrupted_runs import QUICK, Crash, crash_at
 from tiny_text_models import make_bert
 
 import evaluate
@@ -15,7 +16,6 @@ from text_to_audio.errors import UserError
 from text_to_audio.inference import load_checkpoint
 from text_to_audio.store_writing import write_store
 
-QUICK = "--epochs 3 --batch-size 4 --gradient-accumulation-steps 2 --hidden-dim 32 --lr 1e-2 --text-lr 1e-3"
 KEYS = ("text_encoder_state_dict", "projection_state_dict")
 
 
@@ -73,20 +73,9 @@ def test_with_one_space_more_the_first_head_learns_as_fast(parts, workplace):
     assert both["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-4)
 
 
-class Crash(Exception):
-    pass
-
-
 def crash_at_step_8(monkeypatch, words):
-    original = train.train_step
-
-    def failing(run, data):
-        if run.step == 8:
-            raise Crash
-        return original(run, data)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", failing)
+        crash_at(patch, 8)
         with pytest.raises(Crash):
             train.main(words)
 
