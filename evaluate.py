@@ -7,15 +7,15 @@ import sys
 import torch
 from torch import Tensor
 
-from text_to_audio.checkpoints import read_checkpoint
+from common.errors import UserError, run_script
+from store.reading import EmbeddingStore
 from text_to_audio.config import TrainingConfig
-from text_to_audio.errors import UserError, run_script
-from text_to_audio.evaluation import Evaluator, by_subset
-from text_to_audio.inference import load_checkpoint
-from text_to_audio.metrics import rounded
-from text_to_audio.store import EmbeddingStore
-from text_to_audio.summary import table_with_chance
-from text_to_audio.text_model import ProjectionHead
+from text_to_audio.measuring.evaluation import Evaluator, by_subset
+from text_to_audio.measuring.metrics import rounded
+from text_to_audio.measuring.summary import table_with_chance
+from text_to_audio.model.checkpoints import read_checkpoint
+from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.inference import load_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,10 +10,10 @@ from pathlib import Path
 from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
 
-from text_to_audio.checkpoints import read_checkpoint
+from common.errors import UserError, run_script
 from text_to_audio.config import TrainingConfig
-from text_to_audio.errors import UserError, run_script
-from text_to_audio.model_card import model_card
+from text_to_audio.measuring.model_card import model_card
+from text_to_audio.model.checkpoints import read_checkpoint
 
 FILES = ("README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "config.json",
          "head.safetensors")  # fmt: skip

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import UserError, run_script
+from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
 from embedding_models.track_workers import EncoderSpec, embed_tracks
@@ -17,11 +19,9 @@ from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
 from music_library.searching import DEFAULT_URI
 from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
 from music_library.vector_files import Track, VectorFiles, vectors_folder
+from preparing.work_file import Lock
 from text_to_audio.config import TrainingConfig
-from text_to_audio.errors import UserError, run_script
-from text_to_audio.logs import start_log
-from text_to_audio.text_model import ProjectionHead
-from text_to_audio.work_file import Lock
+from text_to_audio.model.head import ProjectionHead
 
 EXAMPLES = """examples:
   python index_library.py ~/Music --checkpoint checkpoints/muq_best_r1.pt

@@ -11,21 +11,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common import hub
+from common.errors import UserError, run_script
+from common.logs import start_log
 from embedding_models import AudioError, MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from embedding_models.base import AudioEmbeddingModel, choose_device
 from embedding_models.costs import PUBLISHED, matmul_tflops
 from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
-from text_to_audio import hub
-from text_to_audio.errors import UserError, run_script
-from text_to_audio.logs import start_log
-from text_to_audio.merging import finish
-from text_to_audio.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
-from text_to_audio.recordings import Dataset
-from text_to_audio.shards import check_finished, discard, open_shard
-from text_to_audio.store import SPLITS, EmbeddingStore, StoreHeader
-from text_to_audio.verifying import faults
-from text_to_audio.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
+from preparing.merging import finish
+from preparing.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
+from preparing.recordings import Dataset
+from preparing.shards import check_finished, discard, open_shard
+from preparing.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
+from store.reading import SPLITS, EmbeddingStore, StoreHeader
+from store.verifying import faults
 
 ENCODERS = ("muq", "mert", "latent")
 LINE_EVERY = 60.0  # seconds between lines of progress in the log

@@ -5,10 +5,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from common.errors import UserError, run_script
 from music_library.milvus_index import MAX_RESULTS
 from music_library.playlists import as_json, one_line, table, write_playlist
 from music_library.searching import DEFAULT_URI, Hit, Searcher, open_searcher, without
-from text_to_audio.errors import UserError, run_script
 
 EXAMPLES = """examples:
   python search.py "calm piano with soft strings"

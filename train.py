@@ -10,24 +10,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from text_to_audio.baseline import embed_frozen, ridge_metrics
-from text_to_audio.batching import plan_epoch
-from text_to_audio.checkpoints import checkpoint_path, make_folder, read_checkpoint, restore_weights, save_checkpoint
+from common.errors import Stopped, UserError, run_script
+from common.logs import start_log
 from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
-from text_to_audio.errors import Stopped, UserError, run_script
-from text_to_audio.evaluation import Evaluator, by_subset
-from text_to_audio.gradient_caching import backward_by_part, backward_through_cache, gather, seed_dropout
-from text_to_audio.logs import start_log
-from text_to_audio.planning import advice_when_out_of_memory, make_plan, plan_text
+from text_to_audio.loading.batches import plan_epoch
+from text_to_audio.loading.step_data import StepData
+from text_to_audio.loss.gradient_caching import backward_by_part, backward_through_cache, gather, seed_dropout
+from text_to_audio.measuring.baseline import embed_frozen, ridge_metrics
+from text_to_audio.measuring.evaluation import Evaluator, by_subset
+from text_to_audio.measuring.report_page import write_report
+from text_to_audio.measuring.summary import table_with_chance, update_summary
+from text_to_audio.model.checkpoints import (
+    checkpoint_path,
+    make_folder,
+    read_checkpoint,
+    restore_weights,
+    save_checkpoint,
+)
+from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
 from text_to_audio.processes import Processes, join
-from text_to_audio.report import write_report
-from text_to_audio.reporting import Speed, announce, log_results, log_step, log_validation
-from text_to_audio.resuming import find_checkpoint, say_if_done, set_aside
-from text_to_audio.run import Run, Space, prepare
-from text_to_audio.run_state import restore, run_contents, space_contents
-from text_to_audio.steps import StepData
-from text_to_audio.summary import table_with_chance, update_summary
-from text_to_audio.text_model import ProjectionHead, TextEncoder
+from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
+from text_to_audio.training.resuming import find_checkpoint, say_if_done, set_aside
+from text_to_audio.training.saved_state import restore, run_contents, space_contents
+from text_to_audio.training.training_run import Run, Space, prepare
 
 __all__ = ["ProjectionHead", "TextEncoder", "TrainingConfig", "main"]
 

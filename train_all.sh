@@ -37,4 +37,4 @@ else
 fi
 
 echo "=== summary: $checkpoint_dir/training_summary.json"
-PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -m text_to_audio.summary "$checkpoint_dir"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -m text_to_audio.measuring.summary "$checkpoint_dir"

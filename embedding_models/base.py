@@ -6,9 +6,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from common.errors import UserError
 from embedding_models.audio import MIN_SECONDS, AudioError, AudioFormat, track_windows
 from embedding_models.enrichment import enrich
-from text_to_audio.errors import UserError
 
 _WINDOWS_AT_ONCE = 4  # of a long track in `embed_file`
 

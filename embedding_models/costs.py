@@ -11,7 +11,8 @@ class Published:
     """The published checkpoint of one space.
 
     `tflop` is the work of one 10 s clip in float32, in units of a square matrix product on the same device: on 2 CPU
-    cores, seconds per clip (benchmarks/full_size.py) times the TFLOP/s of `matmul_tflops`, measured in one process.
+    cores, seconds per clip (benchmarks/preparing/full_size.py) times the TFLOP/s of `matmul_tflops`, measured in one
+    process.
     """
 
     model: str

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.errors import UserError
+from common.hub import fetch_model_folder
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.weights import load_tensors, read_json, read_tensors
-from text_to_audio.errors import UserError
-from text_to_audio.hub import fetch_model_folder
 
 _WEIGHTS = "music2latent.pt"
 # Signals in one pass: at the published widths one 10 s signal needs 0.22 GB per tensor at full resolution.

@@ -6,9 +6,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HubertConfig, HubertModel
 
+from common.errors import UserError
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.weights import Tensors, fetch_config, fetch_weights, load_tensors, read_tensors
-from text_to_audio.errors import UserError
 
 # What of MERT's config is HuBERT's; dropouts and masking play no part in a frozen encoder.
 _HUBERT_FIELDS = (

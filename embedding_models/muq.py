@@ -9,9 +9,9 @@ from torch import nn
 from transformers import Wav2Vec2ConformerConfig
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import Wav2Vec2ConformerEncoder
 
+from common.errors import UserError
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.weights import fetch_config, fetch_weights, load_tensors, read_tensors
-from text_to_audio.errors import UserError
 
 _SAMPLE_RATE = 24_000
 _N_FFT = 2048

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import UserError
 from embedding_models import AudioError, MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.tracks import embed_track, window_starts
-from text_to_audio.errors import UserError
 
 _CLASSES = {"muq": MuQEmbeddingModel, "mert": MertModel, "latent": MusicLatentSpaceModel}
 

@@ -9,8 +9,8 @@ import safetensors
 import torch
 from torch import nn
 
-from text_to_audio.errors import UserError
-from text_to_audio.hub import fetch_model_folder
+from common.errors import UserError
+from common.hub import fetch_model_folder
 
 Tensors = dict[str, torch.Tensor]
 

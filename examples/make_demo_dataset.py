@@ -18,10 +18,10 @@ import soxr
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
+from common.errors import UserError, run_script
 from examples.demo_captions import chord_names, controls, describe, with_controls
 from examples.demo_instruments import SAMPLE_RATE
 from examples.demo_music import SECONDS, Piece, draw_piece, render
-from text_to_audio.errors import UserError, run_script
 
 ID_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 TEMPO_FACTORS = {1: 0.8, 2: 0.9, 3: 1.1, 4: 1.2}  # by MusicBench's number of the copy; our own factors

@@ -20,9 +20,9 @@ from transformers import Wav2Vec2ConformerConfig as ConformerConfig
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this folder is the path
+from common.errors import UserError, run_script
 from embedding_models.latent import LatentConfig, LatentEncoder
 from embedding_models.muq import MuQBackbone
-from text_to_audio.errors import UserError, run_script
 
 # Configs hold the fields that decide the shape; the rest is as transformers writes it.
 MUQ_CONFIG = {

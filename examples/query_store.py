@@ -6,11 +6,11 @@ import textwrap
 import numpy as np
 import torch
 
-from text_to_audio.batching import AudioVectors
-from text_to_audio.errors import run_script
-from text_to_audio.evaluation import caption_scores
-from text_to_audio.inference import load_checkpoint
-from text_to_audio.store import SPLITS, EmbeddingStore
+from common.errors import run_script
+from store.reading import SPLITS, EmbeddingStore
+from text_to_audio.loading.vectors import AudioVectors
+from text_to_audio.measuring.evaluation import caption_scores
+from text_to_audio.model.inference import load_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:

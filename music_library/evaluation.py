@@ -4,8 +4,8 @@ import numpy as np
 
 from music_library.index_space import IndexSpace
 from music_library.milvus_index import FIELD, Found, IndexChoice, VectorDatabase
-from text_to_audio.evaluation import Gallery
-from text_to_audio.metrics import RECALL_AT
+from text_to_audio.measuring.evaluation import Gallery
+from text_to_audio.measuring.metrics import RECALL_AT
 
 _AT_ONCE = 256
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import UserError
+from common.files import publish
 from music_library.milvus_index import SERVER_MAX_DIM
 from music_library.narrow_index import NarrowForm, projection_identity, text_basis
-from text_to_audio.checkpoints import read_checkpoint
 from text_to_audio.config import TrainingConfig
-from text_to_audio.errors import UserError
-from text_to_audio.store_writing import publish
-from text_to_audio.text_model import ProjectionHead
+from text_to_audio.model.checkpoints import read_checkpoint
+from text_to_audio.model.head import ProjectionHead
 
 
 class IndexSpace:

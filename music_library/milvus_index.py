@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
-from text_to_audio.errors import UserError
+from common.errors import UserError
 
 FIELD = "embedding"
 SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite does not

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
-from text_to_audio.text_model import ProjectionHead
+from text_to_audio.model.head import ProjectionHead
 
 _TILE_ELEMENTS = 1 << 24  # float32 elements of audio in hand at once: 64 MB
 

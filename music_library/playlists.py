@@ -6,9 +6,9 @@ import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
+from common.errors import UserError
+from common.files import publish
 from music_library.searching import Hit
-from text_to_audio.errors import UserError
-from text_to_audio.store_writing import publish
 
 _TITLE, _ARTIST = 32, 24  # columns of the table
 

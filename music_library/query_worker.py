@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.errors import UserError
 from music_library.searching import without
-from text_to_audio.errors import UserError
 
 if TYPE_CHECKING:
     from music_library.searching import Hit, Searcher

@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from common.errors import UserError
 from music_library.api_listing import api_listing
 from music_library.cover_art import cover_art
 from music_library.query_worker import NotReady, QueryWorker, Refused, TextQuery
-from text_to_audio.errors import UserError
 
 if TYPE_CHECKING:
     from music_library.searching import Hit, Searcher

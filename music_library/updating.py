@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from music_library.index_space import IndexSpace
 from music_library.milvus_index import FIELD, IndexChoice, VectorDatabase
 from music_library.music_folder import audio_files, content_hash, read_tags, track_id
 from music_library.searching import check_identity, moments_collection
 from music_library.vector_files import Track, VectorFiles
-from text_to_audio.errors import UserError
 
 _ROWS_AT_ONCE_ELEMENTS = 1 << 24  # float32 elements standardised and sent at once: 64 MB
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from text_to_audio.errors import UserError
+from common.errors import UserError
 
 DTYPE = np.dtype("<f2")
 _SPACE_KEYS = ("space", "dim", "recipe", "encoder", "revision")

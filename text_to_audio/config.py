@@ -9,8 +9,9 @@ from typing import Literal, get_args, get_origin
 
 import torch
 
-from text_to_audio.errors import UserError
-from text_to_audio.losses import Temperature
+from common.errors import UserError
+
+TEMPERATURE_RANGE = (0.01, 1.0)  # CLIP's bounds for a learnt one
 
 
 @dataclass
@@ -202,7 +203,7 @@ def _range_faults(config: TrainingConfig) -> list[str]:
     twice = sorted({name for name in config.audio_encoders if config.audio_encoders.count(name) > 1})
     if twice:
         faults.append(f"expected each audio_encoder once, found {', '.join(twice)} more than once")
-    low, high = Temperature.RANGE
+    low, high = TEMPERATURE_RANGE
     if config.learn_temperature and not low <= config.temperature <= high:
         faults.append(f"expected temperature to be from {low:g} to {high:g} to be learnt, found {config.temperature!r}")
     return faults

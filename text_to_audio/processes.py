@@ -10,8 +10,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
+from common.errors import UserError
 from text_to_audio.config import TrainingConfig
-from text_to_audio.errors import UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # one process writes files and downloads while the others wait

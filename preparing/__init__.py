@@ -1,0 +1,1 @@
+"""What prepare_dataset.py needs besides encoders and store: data sets, captions and split, work in progress, shards."""

@@ -1,0 +1,142 @@
+"""MusicBench: its files, on the hub or in a folder, as recordings with captions; other tables go to own_recordings.py.
+
+The metadata are JSON Lines: MusicBench_train.json, MusicBench_test_A.json, MusicBench_test_B.json. Test A and B
+are the same recordings with two sets of captions, so they become one recording with up to four captions.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from common import hub
+from common.errors import UserError
+from preparing.clips import ClipSource, HubTarClips, folder_or_tar
+from preparing.own_recordings import read_own_recordings
+from preparing.recordings import Caption, Dataset, Recording, Row, build_recordings, read_json_lines, storable
+
+__all__ = ["Caption", "Dataset", "Recording", "download_sizes", "open_dataset", "source_id"]
+
+REPO_ID = "amaai-lab/MusicBench"
+REVISION = "b141e962aacc19ffd51c15732738040377989203"
+TAR = "MusicBench.tar.gz"
+METADATA = ("MusicBench_train.json", "MusicBench_test_A.json", "MusicBench_test_B.json")
+GROUPS = {"MusicBench_test_A.json": "A", "MusicBench_test_B.json": "B"}
+COLUMNS = ("location", "main_caption", "alt_caption")
+
+PUBLISHED_ROWS = {"train": 52_768, "test": 400}
+PUBLISHED_BYTES = {TAR: 16_757_993_240}
+
+_YOUTUBE_STEM = re.compile(r"([\w-]{11})(_\d+)?", re.ASCII)
+
+
+def open_dataset(
+    dataset: str | None = None,
+    revision: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 42,
+    limit: int | None = None,
+) -> Dataset:
+    """Read the metadata of MusicBench or of one's own recordings, and say where the audio is.
+
+    `dataset`: None for MusicBench on the hub (at `revision`, by default the pinned one), a folder with MusicBench's
+    files, or a table of one's own recordings (own_recordings.py). Of the hub's files only the metadata are fetched
+    here; the tar follows with `clips.prepare()`. Raises UserError where something is missing or malformed.
+    """
+    if dataset is None:
+        # One commit for all files, whatever happens to a branch meanwhile. The pinned one needs no look-up.
+        commit = hub.resolved_revision(REPO_ID, revision or REVISION, repo_type="dataset")
+        files = [hub.fetch_file(REPO_ID, name, revision=commit, repo_type="dataset") for name in METADATA]
+        clips: ClipSource = HubTarClips(REPO_ID, TAR, commit)
+        recordings, dropped = build_recordings(_rows(files), val_fraction, seed, limit)
+        return Dataset(REPO_ID, commit, recordings, dropped, clips)
+    path = Path(dataset).expanduser()
+    if revision is not None:
+        raise UserError(f"--revision is for MusicBench on the hub; it says nothing about the local {path}")
+    if path.is_dir():
+        files = _metadata_in(path)
+        recordings, dropped = build_recordings(_rows(files), val_fraction, seed, limit)
+        clips = folder_or_tar(path, [recording.audio_id for recording in recordings])
+    elif path.is_file():
+        rows, clips = read_own_recordings(path)
+        recordings, dropped = build_recordings(rows, val_fraction, seed, limit)
+    else:
+        raise UserError(f"--dataset {path}: expected a folder with {', '.join(METADATA)}, or a table; found neither")
+    if not any(recording.split == "train" for recording in recordings):
+        raise UserError(f"--dataset {path}: no recording is left to train on ({_losses(dropped)})")
+    return Dataset(path.resolve().name, None, recordings, dropped, clips)
+
+
+def download_sizes(revision: str | None = None) -> tuple[dict[str, int], str]:
+    """Bytes of MusicBench's files by name, and where the figures are from: the hub, or what was published.
+
+    Asks the hub; where it cannot be reached, the tar's published size stands alone.
+    """
+    try:
+        sizes = hub.file_sizes(REPO_ID, [*METADATA, TAR], revision=revision or REVISION, repo_type="dataset")
+    except UserError as error:
+        return dict(PUBLISHED_BYTES), f"published size of the tar, metadata not counted; {error}"
+    return sizes, f"asked of {hub.endpoint()}"
+
+
+def source_id(audio_id: str) -> str:
+    """The source of a MusicBench location: the YouTube id that its file name starts with, else the whole stem.
+
+    Augmented copies are named <id>_<number>; the id has 11 characters and may itself end in _<number>.
+    """
+    stem = PurePosixPath(audio_id).stem
+    match = _YOUTUBE_STEM.fullmatch(stem)
+    return match[1] if match else stem
+
+
+def _metadata_in(folder: Path) -> list[Path]:
+    """Paths of the three metadata files of a MusicBench folder."""
+    missing = [name for name in METADATA if not (folder / name).is_file()]
+    if missing:
+        found = sorted(entry.name for entry in folder.iterdir())
+        shown = ", ".join(found[:5]) + (f", ... ({len(found)} entries)" if len(found) > 5 else "")
+        raise UserError(
+            f"--dataset {folder}: expected {', '.join(METADATA)} and {TAR} or its extracted datashare/;"
+            f" missing {', '.join(missing)}; found {shown or 'an empty folder'}"
+        )
+    return [folder / name for name in METADATA]
+
+
+def _rows(files: list[Path]) -> Iterator[Row]:
+    """The rows of the metadata files, train first. Raises UserError for files without rows or columns."""
+    for path in files:
+        group = GROUPS.get(path.name, "")
+        prefix, split = (f"{group}/", "test") if group else ("", "train")
+        empty = True
+        for number, row in read_json_lines(path):
+            where = f"{path}, line {number}"
+            if empty:
+                _require_columns(where, row)
+                empty = False
+            location = _location(where, row.get("location"))
+            captions = [(f"{prefix}main", row.get("main_caption")), (f"{prefix}alt", row.get("alt_caption"))]
+            yield Row(location, source_id(location), split, captions, where, group)
+        if empty:
+            raise UserError(f"{path}: expected a JSON object a line, found no line")
+
+
+def _require_columns(where: str, row: dict) -> None:
+    missing = [column for column in COLUMNS if column not in row]
+    if missing:
+        raise UserError(
+            f"{where}: expected the columns {', '.join(COLUMNS)}; missing {', '.join(missing)}; found {', '.join(row)}"
+        )
+
+
+def _location(where: str, value: object) -> str:
+    """A location as a plain relative path with forward slashes. Raises UserError for anything that leaves the root."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: expected a relative path as location, found {value!r}")
+    path = PurePosixPath(value)
+    if path.is_absolute() or ".." in path.parts or not path.name or not storable(value):
+        raise UserError(f"{where}: expected a location inside the data set's folder, found {value!r}")
+    return str(path)
+
+
+def _losses(dropped: dict[str, list[str]]) -> str:
+    counts = [f"{len(ids)} dropped: {reason}" for reason, ids in dropped.items() if ids]
+    return "; ".join(counts) or "nothing was dropped"

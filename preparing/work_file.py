@@ -1,0 +1,185 @@
+"""One shard of the embeddings while they are being computed: rows in place, a state per row, resumable.
+
+The file is a store (store.py) whose structure is complete from the start, followed, past HDF5's end of file,
+by one state byte per row, the run's settings and a footer. HDF5 ignores what lies past its end of file, so
+the file opens as HDF5 at any time; finishing it is writing the statistics, cutting the tail off and renaming.
+Nothing is ever moved or grown in between: a process killed at any instant loses at most its open batch.
+"""
+
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import publish
+from store.reading import SPLITS, Split, StoreHeader, read_blocks, read_header, read_split, vector_block
+from store.writing import create_store
+
+TODO, DONE = 0, 1
+REASONS = {2: "missing", 3: "unreadable", 4: "too short", 5: "not finite"}
+STATE_OF_REASON = {reason: state for state, reason in REASONS.items()}
+
+_FOOTER = struct.Struct("<8sQQ")  # magic, bytes of the HDF5 part, bytes of the settings
+_MAGIC = b"WORKFILE"
+
+
+class Lock:
+    """An exclusive lock on a path, held until `release` or until the process ends, however it ends.
+
+    Without `wait`, a lock that another process holds raises `UserError(message)`.
+    """
+
+    def __init__(self, path: Path, wait: bool, message: str = ""):
+        self._path = path
+        while True:
+            self._file = open(path, "a")  # noqa: SIM115 - the lock lives as long as the open file
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                self._file.close()
+                raise UserError(message) from error
+            if self._is_current():
+                return
+            self._file.close()  # the holder before us removed this file; another one is in its place
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Remove the file and let the next process in."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def shard_path(folder: Path, split_id: int, num_splits: int) -> Path:
+    """Path of a shard's work file."""
+    return folder / f"embeddings.shard-{split_id}-of-{num_splits}.h5"
+
+
+def any_shards(folder: Path) -> list[Path]:
+    """Paths of every work file in a folder, of whatever number of shards."""
+    return sorted(folder.glob("embeddings.shard-*-of-*.h5"))
+
+
+class WorkFile:
+    """An open shard. `states` holds a uint8 per row, the splits' rows one after another.
+
+    Rows are addressed by (split, row). `write` then `commit`: the state is set only after the row is on disk.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header = read_header(path)
+        self.blocks = read_blocks(path)
+        self.splits = {name: read_split(path, name) for name in SPLITS}
+        hdf5_bytes, settings_bytes = _footer(path)
+        sizes = [len(self.splits[name].audio_id) for name in SPLITS]
+        self._first_row = dict(zip(SPLITS, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        self._hdf5_bytes = hdf5_bytes
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by `close`
+        self.states = np.frombuffer(self._read(hdf5_bytes, sum(sizes)), np.uint8).copy()
+        self.settings = json.loads(self._read(hdf5_bytes + sum(sizes), settings_bytes))
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        header: StoreHeader,
+        splits: dict[str, Split],
+        settings: dict,
+        skipped: Iterable[tuple[str, str]],
+    ) -> "WorkFile":
+        """Make the file with every row to do; it appears under its name only when it is whole.
+
+        `settings` is what a later run must agree with; `skipped` names recordings known to be unusable.
+        """
+        beside = path.with_name(path.name + ".part")
+        try:
+            create_store(beside, header, splits, skipped)
+            rows = sum(len(split.audio_id) for split in splits.values())
+            text = json.dumps(settings).encode()
+            footer = _FOOTER.pack(_MAGIC, beside.stat().st_size, len(text))
+            with open(beside, "ab") as file:
+                file.write(bytes(rows) + text + footer)
+            publish(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        return cls(path)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):  # pwrite may write less than asked for
+            written = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+
+    def state(self, split: str) -> np.ndarray:
+        """The states of one split's rows, a view of `states`."""
+        first = self._first_row[split]
+        return self.states[first : first + len(self.splits[split].audio_id)]
+
+    def write(self, split: str, row: int, encoder: str, vector: np.ndarray) -> bool:
+        """Write one recording's vector in place; False where it is not finite in the stored type."""
+        stored = np.ascontiguousarray(vector, self.header.numpy_dtype)
+        if not np.isfinite(stored).all():
+            return False
+        block = self.blocks[vector_block(split, encoder)]
+        if stored.shape != block.shape[1:]:
+            raise ValueError(f"expected a vector of shape {block.shape[1:]}, found {stored.shape}")
+        self._write(stored, block.offset + row * block.row_bytes)
+        return True
+
+    def commit(self, rows: Iterable[tuple[str, int, int]]) -> None:
+        """Set the states of (split, row, state) after what was written has reached the disk."""
+        os.fsync(self._file.fileno())
+        for split, row, state in rows:
+            index = self._first_row[split] + row
+            self.states[index] = state
+            self._write(bytes([state]), self._hdf5_bytes + index)
+        os.fsync(self._file.fileno())
+
+    def finish_in_place(self, target: Path) -> None:
+        """Cut the states off and give the file its final name; the statistics must have been written."""
+        os.fsync(self._file.fileno())
+        os.ftruncate(self._file.fileno(), self._hdf5_bytes)
+        self.close()
+        publish(self.path, target)
+
+    def close(self) -> None:
+        """Close the file; what was committed stays."""
+        self._file.close()
+
+
+def _footer(path: Path) -> tuple[int, int]:
+    with open(path, "rb") as file:
+        file.seek(-_FOOTER.size, os.SEEK_END)
+        magic, hdf5_bytes, settings_bytes = _FOOTER.unpack(file.read())
+    if magic != _MAGIC:
+        raise UserError(f"{path}: expected a work file, found its end missing; remove the file and run again")
+    return hdf5_bytes, settings_bytes
+
+
+def tail_is_cut(path: Path) -> bool:
+    """True where `finish_in_place` was killed between its cut and its rename: only the name is missing."""
+    read_blocks(path)  # a damaged file raises UserError here
+    with open(path, "rb") as file:
+        file.seek(-_FOOTER.size, os.SEEK_END)
+        return not file.read().startswith(_MAGIC)
+
+
+def check_settings(path: Path, found: dict, expected: dict) -> None:
+    """Raise `UserError` that lists where a shard's settings differ from this run's."""
+    names = [name for name in expected if found.get(name) != expected[name]]
+    if names:
+        listing = "; ".join(f"{name} {found.get(name)!r}, now {expected[name]!r}" for name in names)
+        raise UserError(f"{path}: was begun with other settings ({listing}); use those, or --overwrite")

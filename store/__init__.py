@@ -1,0 +1,1 @@
+"""embeddings.h5: its layout, reading, writing, verifying."""

@@ -1,0 +1,213 @@
+"""embeddings.h5: its layout and how it is read; `store_writing.py` is the other half.
+
+One row per recording, captions point at their row. Vectors are contiguous and uncompressed, so a reader
+maps them straight from the file: `numpy.memmap` at the data set's offset, several times faster than indexing
+through h5py.
+
+    /                     attrs: format, version, dataset, revision, seed, dtype, encoders (JSON)
+    /{train,val,test}/audio_id, source_id        (N,)  str
+    /{train,val,test}/{encoder}_embeddings       (N, D) float32 | float16
+    /{train,val,test}/caption, caption_kind      (C,)  str
+    /{train,val,test}/caption_audio              (C,)  int64, the row of the caption's recording
+    /statistics/{encoder}/{mean,std}             (D,)  float32, over the train recordings
+    /skipped/{audio_id,reason}                   (S,)  str
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from common.errors import UserError
+
+FORMAT = "text-audio-embeddings"
+VERSION = 1
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What the whole file is made of; the root attributes.
+
+    `encoders` maps a space's name ("muq", "mert", "latent") to {id, revision, dim, sample_rate, recipe}.
+    """
+
+    dataset: str
+    revision: str | None
+    seed: int
+    dtype: str
+    encoders: dict[str, dict]
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The vectors' type on disk, little-endian on every machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one recording's vectors in all spaces."""
+        return sum(encoder["dim"] for encoder in self.encoders.values()) * self.numpy_dtype.itemsize
+
+
+@dataclass
+class Split:
+    """The strings of one split: N recordings and the C captions that point at them."""
+
+    audio_id: list[str] = field(default_factory=list)
+    source_id: list[str] = field(default_factory=list)
+    caption: list[str] = field(default_factory=list)
+    caption_audio: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    caption_kind: list[str] = field(default_factory=list)
+
+    def take(self, rows: np.ndarray) -> "Split":
+        """Return the split of these rows alone, in their order, with their captions."""
+        new_row = np.full(len(self.audio_id), -1, np.int64)
+        new_row[rows] = np.arange(len(rows))
+        target = new_row[self.caption_audio]
+        kept = np.flatnonzero(target >= 0)
+        kept = kept[np.argsort(target[kept], kind="stable")]  # captions follow the order of their recordings
+        return Split(
+            [self.audio_id[row] for row in rows],
+            [self.source_id[row] for row in rows],
+            [self.caption[i] for i in kept],
+            target[kept],
+            [self.caption_kind[i] for i in kept],
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a contiguous data set lies in the file: byte offset, shape and element type."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of one element where the data set has one axis)."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def map(self, path: str | Path, mode: str = "r") -> np.ndarray:
+        """Map the block as an array; an empty block cannot be mapped and is a plain empty array."""
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.dtype)
+        return np.memmap(path, self.dtype, mode, self.offset, self.shape)
+
+
+def vector_block(split: str, encoder: str) -> str:
+    """Name of the data set that holds a split's vectors in one space."""
+    return f"{split}/{encoder}_embeddings"
+
+
+def statistics_block(encoder: str, which: str) -> str:
+    """Name of the data set that holds a space's "mean" or "std"."""
+    return f"statistics/{encoder}/{which}"
+
+
+def read_header(path: str | Path) -> StoreHeader:
+    """Read the root attributes; raises `UserError` where the file is no store or is cut off."""
+    with _open(path) as file:
+        return _header(path, file)
+
+
+def _header(path: str | Path, file: h5py.File) -> StoreHeader:
+    found = file.attrs.get("format")
+    if found != FORMAT:
+        raise UserError(f"{path}: expected a store of prepare_dataset.py (format {FORMAT!r}), found {found!r}")
+    if file.attrs["version"] != VERSION:
+        raise UserError(f"{path}: expected store version {VERSION}, found {file.attrs['version']}; prepare it again")
+    attributes = {name: file.attrs[name] for name in ("dataset", "revision", "seed", "dtype", "encoders")}
+    return StoreHeader(
+        attributes["dataset"],
+        attributes["revision"] or None,
+        int(attributes["seed"]),
+        attributes["dtype"],
+        json.loads(attributes["encoders"]),
+    )
+
+
+def _open(path: str | Path) -> h5py.File:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; expected a store written by prepare_dataset.py")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: expected an HDF5 store, found a file HDF5 cannot open ({error})") from error
+
+
+def read_blocks(path: str | Path) -> dict[str, Block]:
+    """Return where every vector and statistics data set lies in the file."""
+    with _open(path) as file:
+        header = _header(path, file)
+        names = [vector_block(split, encoder) for split in SPLITS for encoder in header.encoders]
+        names += [statistics_block(encoder, which) for encoder in header.encoders for which in ("mean", "std")]
+        blocks = {}
+        for name in names:
+            if name not in file:
+                raise UserError(f"{path}: expected the data set /{name}, it is not there")
+            dataset = file[name]
+            if dataset.chunks is not None:
+                raise UserError(f"{path}: expected /{name} to be contiguous, found chunks of {dataset.chunks}")
+            blocks[name] = Block(dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
+        return blocks
+
+
+def read_split(path: str | Path, name: str) -> Split:
+    """Read the strings of one split."""
+    with _open(path) as file:
+        group = file[name]
+        text = {
+            column: group[column].asstr()[:].tolist() for column in ("audio_id", "source_id", "caption", "caption_kind")
+        }
+        return Split(caption_audio=group["caption_audio"][:], **text)
+
+
+class EmbeddingStore:
+    """A finished embeddings.h5, read-only.
+
+    Holds paths and offsets, no open file: it can be pickled and used in worker processes. Raises `UserError`
+    where the file is missing, cut off or not a store.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.header = read_header(self.path)
+        self._blocks = read_blocks(self.path)
+
+    @property
+    def encoders(self) -> dict[str, dict]:
+        """Space name -> {id, revision, dim, sample_rate, recipe}."""
+        return self.header.encoders
+
+    def dim(self, encoder: str) -> int:
+        """Width of a space; `UserError` where the store does not hold it."""
+        if encoder not in self.encoders:
+            raise UserError(
+                f"{self.path}: expected vectors of {encoder!r}, found {', '.join(self.encoders)}; "
+                f"prepare them with prepare_dataset.py --encoders"
+            )
+        return self.encoders[encoder]["dim"]
+
+    def split(self, name: str) -> Split:
+        """The strings of "train", "val" or "test"."""
+        return read_split(self.path, name)
+
+    def vectors(self, split: str, encoder: str) -> np.ndarray:
+        """A split's vectors, (N, D) float32 or float16, mapped read-only."""
+        self.dim(encoder)
+        return self._blocks[vector_block(split, encoder)].map(self.path)
+
+    def statistics(self, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each dimension over the train recordings, (D,) float32 each."""
+        self.dim(encoder)
+        mean, std = (self._blocks[statistics_block(encoder, which)].map(self.path) for which in ("mean", "std"))
+        return np.array(mean), np.array(std)
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """(audio id, reason) of every recording that is not in the file."""
+        with _open(self.path) as file:
+            columns = [file[f"skipped/{column}"].asstr()[:].tolist() for column in ("audio_id", "reason")]
+        return list(zip(*columns, strict=True))

@@ -1,0 +1,98 @@
+"""The plain vectors kept beside an index, and the walk over a folder."""
+
+import os
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from music_library.music_folder import audio_files, content_hash, read_tags, track_id
+from music_library.vector_files import Track, VectorFiles, vectors_folder
+
+ABOUT = {"space": "muq", "dim": 4, "recipe": "r1", "encoder": "some/model", "revision": None}
+
+
+def track(number, row, **changes):
+    values = {"id": number, "path": f"/m/{number}.wav", "size": 1, "mtime_ns": 2, "hash": b"h", "title": "t"}
+    return Track(**{**values, "artist": "a", "album": "b", "duration": 3.5, "row": row, **changes})
+
+
+def add(files, number, windows=0):
+    (row,) = files.write("vectors", np.full((1, 4), number))
+    rows = files.write("windows", np.full((windows, 4), number + 0.5))
+    files.put(track(number, row), [(10.0 * i, each) for i, each in enumerate(rows)])
+
+
+def test_rows_come_back_with_their_track(tmp_path):
+    with VectorFiles(tmp_path, "muq", ABOUT) as files:
+        for number in (3, 1, 2):
+            add(files, number, windows=number)
+    with VectorFiles(tmp_path, "muq") as files:
+        assert [each.id for each in files.tracks()] == [3, 1, 2]
+        assert files.vectors.dtype == np.float16
+        for each in files.tracks():
+            assert (files.vectors[each.row] == each.id).all()
+            starts = [(window.start, files.windows[window.row][0]) for window in files.windows_of(each.id)]
+            assert starts == [(10.0 * i, each.id + 0.5) for i in range(each.id)]
+
+
+def test_free_rows_are_used_by_a_later_run_and_named_rows_never(tmp_path):
+    with VectorFiles(tmp_path, "muq", ABOUT) as files:
+        for number in range(5):
+            add(files, number, windows=2)
+        files.remove([1, 3])
+        files.write("vectors", np.full((1, 4), 99))  # killed before it was named
+    size = (tmp_path / "muq/vectors.f16").stat().st_size
+    with VectorFiles(tmp_path, "muq", ABOUT) as files:
+        versions = {each.version for each in files.tracks()}
+        for number in (7, 8, 9):
+            add(files, number, windows=1)
+        assert (tmp_path / "muq/vectors.f16").stat().st_size == size
+        assert all((files.vectors[each.row] == each.id).all() for each in files.tracks())
+        assert all((files.windows[w.row] == w.track + 0.5).all() for w in files.windows_of())
+        assert min(each.version for each in files.tracks() if each.id >= 7) > max(versions)
+
+
+def test_vectors_of_something_else_are_refused(tmp_path):
+    VectorFiles(tmp_path, "muq", ABOUT).close()
+    with pytest.raises(UserError, match="holds vectors of recipe 'r1', expected 'r2'"):
+        VectorFiles(tmp_path, "muq", {**ABOUT, "recipe": "r2"})
+    with pytest.raises(UserError, match="no plain vectors there"):
+        VectorFiles(tmp_path, "mert")
+    with VectorFiles(tmp_path, "muq", ABOUT) as files, pytest.raises(ValueError, match="does not fit float16"):
+        files.write("vectors", np.full((1, 4), 1e6))
+    assert str(vectors_folder("data/library.db")) == str(vectors_folder("http://h:1")) == "data/library.vectors"
+
+
+def test_the_walk_ends_in_loops_and_tells_what_it_leaves_out(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("b.MP3", "a/c.flac", 'quote\'s "x".wav', "new\nline.ogg", "🎵.opus", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    (tmp_path / "self.wav").symlink_to(tmp_path / "self.wav")
+    (tmp_path / "gone.wav").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.wav")
+    with open(os.fsencode(tmp_path) + b"/latin\xe9.wav", "wb"):
+        pass
+    found = dict(audio_files(tmp_path))
+    names = {path.name for path, reason in found.items() if reason is None}
+    assert names == {"b.MP3", "c.flac", 'quote\'s "x".wav', "new\nline.ogg", "🎵.opus"}
+    assert {path.name for path, reason in found.items() if reason} == {
+        "self.wav", "gone.wav", "pipe.wav", os.fsdecode(b"latin\xe9.wav"),
+    }  # fmt: skip
+    assert len(list(audio_files(tmp_path))) == len(found)
+
+
+def test_identity_and_tags(tmp_path):
+    from helpers.small_library import write_track
+
+    path = write_track(tmp_path / "x.flac", 4)
+    tags = read_tags(path)
+    assert (tags.title, tags.artist, round(tags.duration)) == ("Title 4", "Artist 1", 3)
+    wav = write_track(tmp_path / "y.wav", 5)
+    assert (read_tags(wav).title, read_tags(wav).album) == ("Title 5", "Album")
+    path.write_bytes(b"not music")
+    assert read_tags(path).title == "x"
+    assert track_id(path) == track_id(path) != track_id(wav)
+    assert 0 <= track_id(path) < 1 << 63
+    assert content_hash(path) != content_hash(wav)

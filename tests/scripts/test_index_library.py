@@ -1,0 +1,378 @@
+"""index_library.py as a user runs it, on tiny encoders and short synthetic tracks."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import index_library
+from common.errors import UserError
+from helpers.small_library import base_text_model, write_checkpoint, write_music, write_track
+from helpers.small_musicbench import clip
+from music_library import milvus_index
+from music_library.index_space import IndexSpace, read_head
+from music_library.milvus_index import FIELD, IndexChoice, VectorDatabase
+from music_library.vector_files import VectorFiles
+
+QUOTED = 'it\'s "quoted"; DROP TABLE.wav'
+ROOT = Path(index_library.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    base = base_text_model(folder / "base")
+    write_checkpoint(folder / "muq.pt", tiny_models, base)
+    write_checkpoint(folder / "other.pt", tiny_models, base, seed=1)
+    write_checkpoint(folder / "mert.pt", tiny_models, base, "mert")
+    write_checkpoint(folder / "foreign.pt", tiny_models, base, recipe="some other recipe")
+    return folder
+
+
+@pytest.fixture
+def index(checkpoints, tiny_models, tmp_path, monkeypatch):
+    """Run index_library.py in a folder of its own; returns what it logged."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, checkpoint="muq.pt"):
+        Path("index_library.log").unlink(missing_ok=True)
+        index_library.main([*map(str, words), "--checkpoint", str(checkpoints / checkpoint), *flags(tiny_models)])
+        return Path("index_library.log").read_text()
+
+    return run
+
+
+def flags(models):
+    return ["--device", "cpu", "--muq-backbone", str(models / "muq_large")]
+
+
+def indexed(name="muq", fields=("path", "title", FIELD)):
+    """What Milvus holds: path -> row. A duplicate fails."""
+    with VectorDatabase("data/library.db") as database:
+        rows = list(database.rows(name, list(fields)))
+    assert len({row["path"] for row in rows}) == len(rows)
+    return {Path(row["path"]).name: row for row in rows}
+
+
+def plain(space="muq"):
+    with VectorFiles("data/library.vectors", space) as files:
+        return {Path(track.path).name: np.array(files.vectors[track.row]) for track in files.tracks()}
+
+
+def test_holds_what_the_encoder_and_the_projection_give(index, checkpoints, tiny_models):
+    from helpers.small_library import spec
+
+    write_music(Path("music"), 4)
+    write_track(Path("music/long.wav"), 9, 27.0)
+    assert "5 to be embedded" in index("music", "--moments")
+    head, _, recorded = read_head(checkpoints / "muq.pt")
+    space = IndexSpace("muq", head, recorded["recipe"], recorded["id"])
+    encoder = spec(tiny_models).load()
+    for name, row in indexed().items():
+        expected = encoder.embed_file(Path("music") / name)
+        assert np.abs(plain()[name] - expected).max() < 1e-3 * np.abs(expected).max()
+        np.testing.assert_allclose(row[FIELD], space.audio(plain()[name][None])[0], atol=1e-6)
+    with VectorFiles("data/library.vectors", "muq") as files:
+        track = files.find(path=str(Path("music/long.wav").absolute()))
+        windows = list(files.windows_of(track.id))
+        assert [window.start for window in windows] == pytest.approx([0, 10, 17])
+        mean = files.windows[[window.row for window in windows]].astype(np.float32).mean(0)
+        assert np.abs(mean - plain()["long.wav"]).max() < 2e-3 * np.abs(mean).max()
+        assert track.duration == pytest.approx(27)
+    with VectorDatabase("data/library.db") as database:
+        starts = sorted(row["start"] for row in database.rows("muq_moments", ["start", "track"]) if
+                        row["track"] == track.id)  # fmt: skip
+    assert starts == pytest.approx([0, 10, 17])
+
+
+def test_is_incremental(index):
+    music = write_music(Path("music"), 5)
+    index(music)
+    before = indexed()
+    assert len(before) == 5
+    assert "5 unchanged, 0 touched, 0 moved or copied, 0 to be embedded" in index(music)
+    os.utime(music / "track 0.wav", (1, 1))
+    write_track(music / "track 1.flac", 77)  # other content
+    (music / "track 2.ogg").rename(music / "renamed.ogg")
+    (music / "track 3.mp3").unlink()
+    log = index(music)
+    assert "1 unchanged, 1 touched, 1 moved or copied, 1 to be embedded" in log
+    after = indexed()
+    assert set(after) == {*before, "renamed.ogg"}  # what has vanished stays until --prune
+    assert after["track 1.flac"]["title"] == "Title 77"
+    assert after["track 1.flac"][FIELD] != before["track 1.flac"][FIELD]
+    assert after["renamed.ogg"][FIELD] == before["track 2.ogg"][FIELD]
+    assert "pruned 2" in index(music, "--prune")
+    assert set(indexed()) == {"track 0.wav", "track 1.flac", "renamed.ogg", "track 4.wav"}
+    write_track(music / "track 1.flac", 5)
+    (music / "track 1.flac").write_bytes((music / "track 1.flac").read_bytes()[:2000])
+    assert "left out" in index(music)
+    assert "track 1.flac" not in indexed()  # not with the vector of what it was
+
+
+def test_an_unmounted_folder_prunes_nothing(index):
+    music = write_music(Path("music"), 2)
+    index(music)
+    shutil.rmtree(music)
+    music.mkdir()
+    with pytest.raises(UserError, match="expected audio files, found none"):
+        index(music, "--prune")
+    assert len(indexed()) == 2
+    with pytest.raises(UserError, match="gone: expected a folder of music, found nothing"):
+        index("gone")
+
+
+def test_a_hostile_folder(index):
+    music = write_music(Path("music"), 2)
+    write_track(music / "whole.mp3", 3, 20.0)
+    (music / "cut.flac").write_bytes((music / "track 1.flac").read_bytes()[:3000])
+    (music / "text.mp3").write_text("dear diary\n" * 300)
+    (music / "empty.ogg").touch()
+    soundfile.write(music / "nan.wav", np.full(40_000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    soundfile.write(music / "short.wav", np.zeros(2000), 16_000)
+    (music / "apple.m4a").write_bytes(b"\0" * 500)
+    for number, name in enumerate((QUOTED, "emoji 🎸🔥.wav", "two\nlines.wav", "%s {x}.wav")):
+        write_track(music / name, 20 + number)
+    (music / "loop").symlink_to(music.absolute())
+    (music / "self.wav").symlink_to(music.absolute() / "self.wav")
+    log = index(music)
+    good = {"track 0.wav", "track 1.flac", "whole.mp3", QUOTED, "emoji 🎸🔥.wav"}
+    assert set(indexed()) == good | {"two\nlines.wav", "%s {x}.wav"}
+    for name in ("cut.flac", "text.mp3", "empty.ogg", "nan.wav", "short.wav", "apple.m4a", "self.wav"):
+        assert any("left out" in line and name in line for line in log.splitlines()), name
+    assert "files left out: 7;" in log
+
+
+def test_an_unreadable_file_and_folder(index, monkeypatch):
+    music = write_music(Path("music"), 3)
+    (music / "shut").mkdir()
+    write_track(music / "shut/inner.wav", 8)
+    index(music)
+    real, shut = os.scandir, str((music / "shut").absolute())
+
+    def scandir(path):  # the tests may run as root, whom no permission stops
+        if str(path) == shut:
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr("music_library.updating.content_hash", refuse_track_1)
+    os.utime(music / "track 1.flac", (5, 5))
+    log = index(music, "--prune")
+    assert "shut: Permission denied" in log
+    assert "track 1.flac: Permission denied" in log
+    assert len(indexed()) == 4  # nobody knows whether they are gone
+
+
+def refuse_track_1(path):
+    from music_library.music_folder import content_hash
+
+    if path.name == "track 1.flac":
+        raise PermissionError(13, "Permission denied", str(path))
+    return content_hash(path)
+
+
+@pytest.mark.slow
+def test_several_encoder_processes_give_what_one_gives(index):
+    music = write_music(Path("music"), 5)
+    write_track(music / "long.wav", 9, 45.0)
+    (music / "broken.mp3").write_text("no")
+    index(music)
+    expected = plain()
+    shutil.rmtree("data")
+    log = index(music, "--encoder-processes", 2, "--moments")
+    assert plain().keys() == expected.keys() == indexed().keys()
+    for name, vector in plain().items():
+        assert np.abs(vector - expected[name]).max() <= 2e-3 * np.abs(expected[name]).max()
+    assert "broken.mp3" in log
+    with VectorFiles("data/library.vectors", "muq") as files:
+        counts = [len(list(files.windows_of(track.id))) for track in files.tracks()]
+    assert sorted(counts) == [1, 1, 1, 1, 1, 5]
+
+
+def test_another_projection_is_refused_and_mended_without_audio(index, checkpoints):
+    music = write_music(Path("music"), 3)
+    index(music, "--moments")
+    old = indexed()
+    with pytest.raises(
+        UserError, match=r"indexed with another projection.*index_library.py --reindex --checkpoint \S+oth"
+    ):
+        index(music, checkpoint="other.pt")
+    shutil.rmtree(music)
+    index("--reindex", checkpoint="other.pt")
+    new = indexed()
+    head, _, recorded = read_head(checkpoints / "other.pt")
+    space = IndexSpace("muq", head, recorded["recipe"], recorded["id"])
+    for name, row in new.items():
+        assert row[FIELD] != old[name][FIELD]
+        np.testing.assert_allclose(row[FIELD], space.audio(plain()[name][None])[0], atol=1e-6)
+    with VectorDatabase("data/library.db") as database:
+        assert database.count("muq_moments") == 3
+    with pytest.raises(UserError, match="recipe"):
+        index("--reindex", checkpoint="foreign.pt")
+
+
+def test_other_errors_in_one_line(index, checkpoints, tmp_path):
+    music = write_music(Path("music"), 1)
+    with pytest.raises(UserError, match="expected vectors of the recipe"):
+        index(music, checkpoint="foreign.pt")
+    with pytest.raises(UserError, match="expected vectors 192 wide"):
+        index(music, "--muq-model", wider(tmp_path))
+    with pytest.raises(UserError, match="expected MUSIC_DIR, --reindex or --from-collection"):
+        index()
+    with pytest.raises(UserError, match=r"library\.sqlite: expected a folder whose name ends in \.db"):
+        index(music, "--milvus-uri", "library.sqlite")
+    Path("file.db").write_text("x")
+    with pytest.raises(UserError, match="found a file"):
+        index(music, "--milvus-uri", "file.db")
+
+
+def wider(parent):
+    """A MuQ-MuLan of another width, in a new folder."""
+    from examples.make_tiny_models import MULAN_CONFIG, write_muq
+
+    config = {**MULAN_CONFIG, "mulan": {**MULAN_CONFIG["mulan"], "dim_latent": 48}}
+    folder = parent / "wider"
+    folder.mkdir()
+    write_muq(folder, mulan_config=config)
+    return folder / "muq_mulan"
+
+
+def test_who_holds_a_lite_folder(index):
+    music = write_music(Path("music"), 1)
+    index(music)
+    code = "import sys, fcntl; f = open('data/library.db/LOCK'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"held by process {holder.pid} \(.*serves one process at a time"):
+            index(music)
+        holder.communicate("\n")
+    index(music)
+
+
+def test_many_queries_of_a_flat_index_need_no_more_memory_than_one(tmp_path):
+    rng = np.random.default_rng(0)
+    tracks = rng.standard_normal((2000, 256)).astype(np.float32)
+    tracks /= np.linalg.norm(tracks, axis=1, keepdims=True)
+    fields = {"version": 0, "path": "", "title": "", "artist": "", "album": "", "duration": 1.0}
+    with VectorDatabase(str(tmp_path / "flat.db"), create=True) as database:
+        database.create("muq", 256, IndexChoice("FLAT"), {})
+        database.upsert("muq", [{"id": number, FIELD: row, **fields} for number, row in enumerate(tracks)])
+        database.build("muq", IndexChoice("FLAT"))
+        tracemalloc.start()  # Milvus Lite is in this process
+        found = database.search("muq", tracks[:64], 3, [])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert [hits[0].id for hits in found] == list(range(64))
+    assert peak < 40e6  # 64 x 2,000 x 256 differences would be 131 MB
+
+
+@pytest.mark.parametrize("kind", ["FLAT", "IVF_FLAT", "HNSW"])
+def test_index_types_are_really_built(index, kind):
+    music = write_music(Path("music"), 3)
+    assert f"3 tracks in 'muq', {kind}, 192 dimensions" in index(music, "--index-type", kind)
+    assert list(Path("data/library.db").rglob(f"*.{kind.lower()}.idx"))
+    assert kind in index(music)  # the type it has is kept
+
+
+def test_an_index_type_that_milvus_does_not_build_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(milvus_index.INDEX_TYPES, "SCANN", ({}, {}))
+    with VectorDatabase(str(tmp_path / "x.db"), create=True) as database:
+        database.create("muq", 4, IndexChoice("SCANN"), {"space": "muq"})
+        texts = dict.fromkeys(("path", "title", "artist", "album"), "x")
+        row = {"id": 1, FIELD: np.ones(4, np.float32) / 2, "version": 1, "duration": 1.0, **texts}
+        database.upsert("muq", [row])
+        with pytest.raises(UserError, match="SCANN"):
+            database.build("muq", IndexChoice("SCANN"), seconds=1)
+    with pytest.raises(UserError, match="expected one of HNSW"):
+        IndexChoice("hnsw2")
+
+
+def test_a_collection_of_plain_vectors_is_brought_over(index, tmp_path):
+    music = write_music(Path("music"), 4)
+    index(music)
+    expected, vectors = indexed(), plain()
+    with VectorDatabase("data/old.db", create=True) as old:
+        old.create("tracks", 192, IndexChoice("FLAT"), {})
+        old._client.delete("text_audio_spaces", ids=["tracks"])  # as another program made it
+        rows = [
+            {"id": i, "path": str(music.absolute() / name), "version": 0, "title": name, "artist": "", "album": "",
+             "duration": 1.0, FIELD: vector.astype(np.float32)}
+            for i, (name, vector) in enumerate(vectors.items())
+        ]  # fmt: skip
+        old.upsert("tracks", rows)
+    shutil.rmtree("data/library.db")
+    shutil.rmtree("data/library.vectors")
+    log = index("--from-collection", "tracks", "--from-uri", "data/old.db")
+    assert "4 tracks of 'tracks'" in log
+    for name, row in indexed().items():
+        np.testing.assert_allclose(row[FIELD], expected[name][FIELD], atol=1e-6)
+    assert "4 unchanged" in index(music)  # nothing is decoded again
+    with pytest.raises(UserError, match="expected vectors 768 wide"):
+        index("--from-collection", "tracks", "--from-uri", "data/old.db", checkpoint="mert.pt")
+    with pytest.raises(UserError, match="holds standardised vectors"):
+        index("--from-collection", "muq", "--from-uri", "data/library.db")
+
+
+def test_a_server_several_may_use(index, checkpoints, tmp_path):
+    """The path of a server's address, on the standalone server that comes with Milvus Lite."""
+    import socket
+    import time
+
+    from music_library.searching import open_searcher
+
+    music = write_music(Path("music"), 4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri, words = f"http://127.0.0.1:{port}", ["server", "--data-dir", "served", "--port", str(port)]
+    with subprocess.Popen([sys.executable, "-m", "milvus_lite.cmdline", *words], stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.2)
+            index(music, "--moments", "--milvus-uri", uri)
+            searcher = open_searcher(checkpoints / "muq.pt", uri, device="cpu")
+            write_track(music / "later.wav", 40)
+            index(music, "--milvus-uri", uri)  # while somebody searches
+            (hits,) = searcher.find(searcher.embed(["calm piano"]), 10)
+            assert len(hits) == searcher.count() == 5
+            assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+            assert len(searcher.find(searcher.embed(["drum"]), 10, moments=True)[0]) == 5
+            searcher.close()
+            assert not Path("data/library.db").exists()
+        finally:
+            server.terminate()
+
+
+def test_memory_stays_flat_on_a_long_file(tmp_path, tiny_models):
+    """Fifteen minutes at a low rate against 40 s; whole, it would take 86 MB as float32 at 24 kHz."""
+    for name, seconds in (("short", 40), ("long", 900)):
+        with soundfile.SoundFile(tmp_path / f"{name}.wav", "w", 8000, 1) as file:
+            for part in range(seconds // 20):
+                file.write(clip(part, 20, 8000))
+    code = (
+        "import resource, sys; sys.path.insert(0, 'tests'); from pathlib import Path; from small_library import spec\n"
+        "from embedding_models.tracks import embed_track\n"
+        f"encoder = spec(Path({str(tiny_models)!r})).load()\n"
+        "for name in ('short', 'long'):\n"
+        f"    seconds, parts = embed_track(encoder, Path({str(tmp_path)!r}) / (name + '.wav'), 4)\n"
+        "    print(sum(map(len, parts)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
+    (short, before), (long, after) = (map(int, line.split()) for line in answer.stdout.splitlines())
+    assert (short, long) == (4, 90)
+    assert after - before < 25_000  # KB

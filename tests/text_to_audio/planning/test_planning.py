@@ -1,0 +1,233 @@
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config
+
+import train
+from benchmarks.preparing.full_size import QWEN3_SHAPE
+from common.errors import UserError
+from examples.make_tiny_models import train_tokenizer
+from helpers.stores import make_header, make_splits, make_vectors
+from helpers.tiny_text_models import make_bert, make_qwen3
+from store.writing import write_store
+from text_to_audio.config import TrainingConfig
+from text_to_audio.model.checkpoints import model_state, save_checkpoint
+from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.planning.footprint import PARTS, Shape, batch_captions, footprint
+from text_to_audio.planning.plan import CUDA_ALLOWANCE, GIB, advice, make_plan, plan_text, propose
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    return make_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """64 training recordings in a narrow space and one of MERT's width."""
+    path = tmp_path_factory.mktemp("store") / "embeddings.h5"
+    header, splits = make_header("float16", {"muq": 6, "mert": 76_800}), make_splits((64, 3, 4))
+    write_store(path, header, splits, make_vectors(header, splits))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def four_billion(tmp_path_factory):
+    """Folder of a text model with the widths of Qwen3-Embedding-4B: config.json and a tokenizer, no weights."""
+    folder = tmp_path_factory.mktemp("qwen3_4b")
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.eos_token_id
+    shape = QWEN3_SHAPE | {"num_hidden_layers": 36}
+    Qwen3Config(**shape, pad_token_id=end, eos_token_id=end, bos_token_id=None).save_pretrained(folder)
+    return str(folder)
+
+
+def shape_of(recordings=512, dim=76_800, captions=2):
+    source = np.arange(recordings)
+    return Shape({"muq": dim}, torch.float16, source, np.repeat(source, captions))
+
+
+def peak_memory(config, shape):
+    return footprint(config, shape, train.train_step).peak
+
+
+def test_default_mert_run_at_published_widths(four_billion):
+    config = TrainingConfig(
+        "mert", text_model=four_billion, device="cpu", precision="bf16", gradient_checkpointing="on"
+    )
+    start = time.process_time()
+    found = footprint(config, shape_of(), train.train_step)
+    assert time.process_time() - start < 60
+    assert tuple(found.peak) == PARTS
+    assert 10 * GIB < found.total <= 14 * GIB
+    assert 4.0e9 < found.parameters - found.trainable < 4.03e9
+    assert found.peak["base"] == pytest.approx(2 * (found.parameters - found.trainable), rel=1e-6)
+    lora = 33_030_144  # 36 layers, rank 16: 16 x (inputs + outputs) of q, k, v, o, gate, up and down
+    head = 2560 * 1024 + 1024 + 1024 * 76_800 + 76_800
+    assert found.trainable == lora + head
+    assert found.peak["optimizer"] == pytest.approx(8 * found.trainable, rel=1e-3)
+    assert found.peak["LoRA"] == 8 * lora
+    assert 4 * head < found.peak["heads"] <= 8 * head + 8 * 76_800 + 8
+    # each of the 36 layers keeps its input, 32 x 192 tokens x 2560 in bf16
+    assert found.peak["activations"] > 36 * 32 * 192 * 2560 * 2
+    assert found.peak["logits"] >= 256 * 76_800 * 4  # the batch's recordings
+    assert found.peak["bank"] == 0
+
+
+@pytest.mark.parametrize("text_negatives", ["micro", "batch"])
+@pytest.mark.parametrize("audio_negatives", ["micro", "batch"])
+def test_more_text_takes_more_activations_and_nothing_else(qwen3, audio_negatives, text_negatives):
+    config = TrainingConfig(
+        "muq", text_model=qwen3, device="cpu", batch_size=8, gradient_accumulation_steps=4, max_length=96,
+        audio_negatives=audio_negatives, text_negatives=text_negatives,
+    )  # fmt: skip
+    shape = shape_of(dim=1536)
+    parts, longer = peak_memory(config, shape), peak_memory(replace(config, max_length=192), shape)
+    more = {name for name in PARTS if longer[name] > parts[name]}
+    # with gradient caching the peak of long texts is in another pass than that of short ones
+    assert more == {"activations"} | ({"logits"} & more if text_negatives == "batch" else set())
+    assert sum(longer.values()) > sum(parts.values())
+
+
+def test_checkpointing_and_precision_count(qwen3):
+    config = TrainingConfig("muq", text_model=qwen3, device="cpu", max_length=128, gradient_checkpointing="off")
+    shape = shape_of(dim=6)
+    off, on = (peak_memory(replace(config, gradient_checkpointing=each), shape) for each in ("off", "on"))
+    assert on["activations"] < off["activations"]
+    half = peak_memory(replace(config, precision="bf16"), shape)
+    assert half["base"] < 0.6 * off["base"]
+    assert half["LoRA"] == off["LoRA"]  # float32 in either
+
+
+def test_checkpoint_sizes_are_those_of_the_files(qwen3, tmp_path):
+    config = TrainingConfig("muq", text_model=qwen3, device="cpu")
+    found = footprint(config, shape_of(dim=1536), train.train_step)
+    encoder = TextEncoder(config)
+    head = ProjectionHead(encoder.dim, config.hidden_dim, 1536)
+    save_checkpoint(tmp_path / "best.pt", model_state(config, encoder, head))
+    assert (tmp_path / "best.pt").stat().st_size == pytest.approx(found.best_bytes, rel=0.02)
+    assert found.parameters == 1 + sum(each.numel() for model in (encoder, head) for each in model.parameters())
+    assert found.last_bytes == pytest.approx(3 * found.best_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "bert"])
+def test_plan_of_a_store(kind, qwen3, store, tmp_path):
+    model = qwen3 if kind == "qwen3" else make_bert(tmp_path)
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        assert kind == "qwen3" or not (tmp_path / weights).unlink(missing_ok=True)
+    config = TrainingConfig(
+        "mert", text_model=model, data_path=store, device="cpu", batch_size=8, gradient_accumulation_steps=2, epochs=3
+    )
+    plan = make_plan(config, train.train_step)
+    assert (plan.captions, plan.recordings, plan.steps, plan.warmup_steps) == (128, 64, 24, 2)
+    assert plan.tokens <= plan.padded_tokens < 2 * plan.tokens
+    assert plan.read == 0
+    assert plan.kept == 64 * 76_800 * 2
+    assert plan.proposals == dict.fromkeys((16, 24, 32), (8, 2, plan.footprint.total))
+    lines = plan_text(plan).splitlines()
+    for part in (*PARTS, "tensors", "CUDA allowance", "fits 16 GB", "steps", "warm-up", "tokens an epoch"):
+        assert any(line.strip().startswith(part) for line in lines), part
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_batch_is_no_larger_than_the_sources_allow():
+    config = TrainingConfig("muq", batch_size=8, gradient_accumulation_steps=4)
+    few = Shape({"muq": 6}, torch.float32, np.array([0] * 10 + [1] * 5), np.arange(15))
+    assert batch_captions(config, few) == 2
+    assert batch_captions(config, shape_of(1000)) == 32
+
+
+def test_proposals_halve_the_batch_and_keep_the_effective_one():
+    config = TrainingConfig("muq", batch_size=32, gradient_accumulation_steps=8)
+    asked = []
+
+    def measure(each):
+        asked.append(each.batch_size)
+        assert each.effective_batch_size == 256
+        return 10 * 10**9 + each.batch_size * 10**9
+
+    found = propose(config, measure, measure(config))
+    room = {card: card * 10**9 - CUDA_ALLOWANCE for card in (16, 24, 32)}
+    assert found == {16: (4, 64, 14 * 10**9), 24: (8, 32, 18 * 10**9), 32: (16, 16, 26 * 10**9)}
+    assert all(found[card][2] <= room[card] < found[card][2] * 2 for card in found)
+    assert len(asked) == len(set(asked))
+    assert propose(config, lambda each: 40 * 10**9, 40 * 10**9) == dict.fromkeys((16, 24, 32))
+    odd = TrainingConfig("muq", batch_size=6, gradient_accumulation_steps=2)
+    assert propose(odd, lambda each: each.batch_size * 10**10, 6 * 10**10)[32] == (3, 4, 3 * 10**10)
+
+
+def test_advice_names_a_batch_size_that_fits(qwen3, store):
+    config = TrainingConfig("mert", text_model=qwen3, data_path=store, device="cpu", batch_size=8)
+    said = advice(config, train.train_step)
+    assert "\n" not in said
+    assert "--batch-size 4 --gradient-accumulation-steps 16 (about 2.8 GiB" in said
+    assert "effective batch stays 64" in said
+    assert "no smaller batch size fits; try --gradient-checkpointing on" in advice(config, train.train_step, free=10**8)
+    assert "try --gradient-checkpointing on" in advice(replace(config, batch_size=1), train.train_step)
+
+
+def test_what_is_missing_is_said_in_one_line(qwen3, store, tmp_path):
+    train_tokenizer().save_pretrained(tmp_path)
+    for settings, words in (
+        ({"data_path": str(tmp_path / "none.h5"), "text_model": qwen3}, "none.h5: no such file"),
+        ({"data_path": store, "text_model": str(tmp_path)}, "found no config.json"),
+        ({"data_path": store, "text_model": qwen3, "audio_encoder": "latent"}, "expected vectors of 'latent'"),
+    ):
+        with pytest.raises(UserError) as error:
+            make_plan(TrainingConfig(**{"audio_encoder": "muq", "device": "cpu", **settings}), train.train_step)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_plan_of_a_joint_run_with_bank_cache_and_queue(qwen3, store, capsys):
+    words = ["--audio-encoder", "muq", "mert", "--text-model", qwen3, "--data-path", store, "--device", "cpu"]
+    words += ["--batch-size", "8", "--gradient-accumulation-steps", "2", "--text-negatives", "batch"]
+    train.main([*words, "--text-queue", "40", "--audio-negatives", "bank", "--learn-temperature", "--plan"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("run                muq, mert; ")
+    (bank,) = [line for line in printed.splitlines() if line.strip().startswith("bank")]
+    assert float(bank.split()[1]) == pytest.approx(64 * (76_800 + 6) * 4 / GIB, abs=0.006)
+    alone = peak_memory(TrainingConfig("mert", text_model=qwen3, device="cpu"), shape_of())
+    joint_shape = replace(shape_of(), dims={"muq": 1536, "mert": 76_800})
+    joint = peak_memory(TrainingConfig("muq mert", text_model=qwen3, device="cpu"), joint_shape)
+    assert joint["heads"] > alone["heads"]
+    assert joint["base"] == alone["base"]
+
+
+LIMITED = """
+import resource, sys, train
+from common.errors import run_script
+original = train.fit
+
+def fit(run):
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 60_000_000, resource.RLIM_INFINITY))
+    try:
+        original(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+train.fit = fit
+run_script(lambda: train.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_is_out_of_memory_ends_with_advice(qwen3, store, tmp_path):
+    words = ["--audio-encoder", "mert", "--text-model", qwen3, "--data-path", store, "--device", "cpu", "--epochs", "1"]
+    words += ["--batch-size", "32", "--hidden-dim", "64", "--num-workers", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LIMITED, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: out of memory: batches of 32 texts did not fit; try --batch-size 16 --gradient-acc")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,1 @@
+"""What a training step reads: captions dealt into batches, their tokens, their recordings' vectors."""

@@ -1,0 +1,1 @@
+"""The trained model: text encoder, projection head, temperature, checkpoints, and using one."""

@@ -1,0 +1,54 @@
+"""The projection head: a sentence embedding into an audio space, whose statistics it carries."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STD_FLOOR = 1e-3  # of the space's median standard deviation, so that dead dimensions do not explode
+
+
+class ProjectionHead(nn.Module):
+    """Linear - GELU - Dropout - Linear from a sentence embedding into an audio space.
+
+    Holds the space's mean and standard deviation (0 and 1 until `set_statistics`), so that text and audio vectors
+    meet in the standardised space. Inputs may be on any device and of any float type; outputs are on the head's
+    device and of its type, float32.
+    """
+
+    def __init__(self, text_dim: int, hidden_dim: int, audio_dim: int, dropout: float = 0.1):
+        super().__init__()
+        self.text_dim, self.hidden_dim, self.audio_dim = text_dim, hidden_dim, audio_dim
+        self.layers = nn.Sequential(
+            nn.Linear(text_dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, audio_dim)
+        )
+        self.register_buffer("mean", torch.zeros(audio_dim))
+        self.register_buffer("std", torch.ones(audio_dim))
+
+    def set_statistics(self, mean: np.ndarray, std: np.ndarray, mode: str) -> None:
+        """Set the space from mean and standard deviation (audio_dim,): "zscore", "centre" or "none" uses of them.
+
+        Raises `ValueError` where they are not finite.
+        """
+        mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise ValueError("the space's mean and standard deviation are not finite")
+        alive = std[std > 0]
+        floor = STD_FLOOR * alive.median() if len(alive) else torch.tensor(1.0)
+        self.mean.copy_(torch.zeros_like(mean) if mode == "none" else mean)
+        self.std.copy_(std.clamp_min(floor) if mode == "zscore" else torch.ones_like(std))
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """Sentence embeddings (batch, text_dim) -> unit vectors (batch, audio_dim) in the standardised space."""
+        text = text.to(self.mean)
+        # models differ in the length of what they return; at unit mean square the first layer's scale fits them all
+        return F.normalize(self.layers(F.rms_norm(text, (self.text_dim,))), dim=-1)
+
+    def standardise_audio(self, audio: Tensor) -> Tensor:
+        """Stored audio vectors (batch, audio_dim) -> unit vectors (batch, audio_dim) in the standardised space."""
+        audio = audio.to(self.mean)
+        return F.normalize((audio - self.mean) / self.std, dim=-1)
+
+    def forward(self, text: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides in the standardised space: (batch, audio_dim) unit vectors of text, and of audio."""
+        return self.project_text(text), self.standardise_audio(audio)

@@ -1,0 +1,56 @@
+"""A trained checkpoint at work: texts to vectors in its audio space."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from text_to_audio.config import TrainingConfig
+from text_to_audio.model.checkpoints import read_checkpoint, restore_weights
+from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.text_encoder import TextEncoder
+
+
+def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[TextEncoder, ProjectionHead, TrainingConfig]:
+    """Text encoder and head of a checkpoint, on `device` and in evaluation mode, and its config.
+
+    A temperature that was learnt stands in the config as it was learnt.
+    Raises `UserError` where the file is missing or no checkpoint, or its text model cannot be loaded.
+    """
+    path = Path(path)
+    contents = read_checkpoint(path)
+    config = TrainingConfig.from_dict({**contents["config"], "device": device}, str(path))
+    config.check()
+    text_encoder = TextEncoder(config)
+    projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
+    restore_weights(path, contents, text_encoder, projection)
+    if config.learn_temperature:
+        config.temperature = math.exp(contents["log_temperature"])
+    return text_encoder.eval(), projection.to(config.torch_device).eval(), config
+
+
+def embed_text_query(query: str, encoder: TextEncoder, projection: ProjectionHead, device: str = "cuda") -> np.ndarray:
+    """One text as a unit vector (audio_dim,) float32 in the standardised audio space."""
+    return embed_texts_batch([query], encoder, projection, device)[0]
+
+
+@torch.no_grad()
+def embed_texts_batch(
+    texts: list[str],
+    encoder: TextEncoder,
+    projection: ProjectionHead,
+    device: str = "cuda",
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Texts as unit vectors (texts, audio_dim) float32 in the standardised audio space, computed on `device`.
+
+    Encoder and head are moved there and left in evaluation mode.
+    """
+    encoder.to(device).eval()
+    projection.to(device).eval()
+    vectors = np.empty((len(texts), projection.audio_dim), np.float32)
+    for start in range(0, len(texts), batch_size):
+        text = encoder(texts[start : start + batch_size])
+        vectors[start : start + batch_size] = projection.project_text(text).cpu().numpy()
+    return vectors

@@ -1,0 +1,28 @@
+"""The InfoNCE temperature, fixed or learnt."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from text_to_audio.config import TEMPERATURE_RANGE
+
+
+class Temperature(nn.Module):
+    """The InfoNCE temperature: fixed, or learnt by its logarithm as in CLIP (Radford et al. 2021).
+
+    Called without arguments it returns the temperature, a tensor of no dimensions. CLIP's bounds: 0.01 and 1.
+    """
+
+    def __init__(self, start: float, learnt: bool):
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(math.log(start)), requires_grad=learnt)
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """Put a learnt temperature back between the bounds; call it after each optimizer step."""
+        if self.log.requires_grad:
+            self.log.clamp_(*(math.log(bound) for bound in TEMPERATURE_RANGE))

@@ -1,0 +1,180 @@
+"""The two trained parts: a text encoder with LoRA, and the head that takes its embedding into an audio space."""
+
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from common.errors import UserError
+from text_to_audio.config import TrainingConfig
+from text_to_audio.model.pretrained import Pretrained, load_pretrained
+
+TASK = "Given a description of music, find the recordings that it describes"
+
+
+def last_token_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The hidden state of each text's last token, (batch, tokens, width) -> (batch, width).
+
+    Found by the attention mask (batch, tokens), so that padding may stand on either side, and the pad id may be
+    the end token's, as it is in Qwen3-Embedding.
+    """
+    position = torch.arange(mask.shape[1], device=mask.device)
+    last = (position * mask).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean hidden state over each text's tokens, (batch, tokens, width) -> (batch, width)."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+class TextEncoder(nn.Module):
+    """A frozen Hugging Face text encoder with LoRA on its linear layers: texts to sentence embeddings.
+
+    `model` is the PEFT model; it takes the LoRA weights alone under a strict `load_state_dict`. The embeddings have
+    unit length, as the model cards of sentence encoders have it. Placed on the config's device.
+
+    parts: the tokenizer and the backbone to build on, where they are not to be loaded from `config.text_model`.
+    """
+
+    def __init__(self, config: TrainingConfig, parts: Pretrained | None = None):
+        super().__init__()
+        self.name, self.max_length = config.text_model, config.max_length
+        self.bf16 = config.bf16
+        self.tokenizer, backbone, self.revision = parts or load_pretrained(config)
+        backbone.config.use_cache = False
+        self.attention = backbone.config._attn_implementation
+        kind = backbone.config.model_type
+        self.prefix = _prefix(config.instruction, kind)
+        self.pooling = _pooling(config.pooling, kind)
+        self.end_token = _end_token(self.tokenizer, self.name) if self.pooling == "last" else None
+        self.pad_token = self.tokenizer.pad_token_id or 0  # masked, so any valid id will do
+        self.dim = backbone.config.hidden_size
+        _check_length(config, backbone.config, len(self._token_ids([""])[0]))
+        with warnings.catch_warnings():  # transformers' older names, which its whole range and peft know
+            warnings.simplefilter("ignore", FutureWarning)
+            if config.checkpoints_activations:
+                # the frozen embedding's output must ask for gradients, or recomputed blocks would give LoRA none
+                backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                backbone.enable_input_require_grads()
+            self.model = add_lora(backbone, config)
+        self.to(config.torch_device)
+        if config.compile:
+            # with torch's own random numbers both passes of gradient caching draw the same dropout
+            torch._inductor.config.fallback_random = True
+            self.model.compile(dynamic=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def tokenise(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32, with the instruction in front, cut to `max_length`, end token kept."""
+        rows = [np.array(ids, np.int32) for ids in self._token_ids(texts)]
+        if self.end_token is not None:
+            for ids in rows:
+                ids[-1] = self.end_token  # some tokenizers cut it off together with a long text's end
+        return rows
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        prefixed = [self.prefix + text for text in texts]
+        return self.tokenizer(prefixed, truncation=True, max_length=self.max_length)["input_ids"]
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Sentence embeddings of padded texts: (2, batch, length) ids and mask -> (batch, dim) float32, unit length."""
+        ids, mask = tokens.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        pool = last_token_pool if self.pooling == "last" else mean_pool
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a bf16 base is pooled in float32
+        return F.normalize(pool(hidden, mask), dim=-1)
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """Sentence embeddings of texts: (batch, dim) float32 on the encoder's device, unit length."""
+        return self.encode(pad_tokens(self.tokenise(texts), self.pad_token))
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The LoRA weights alone, on the CPU, by their names in `model`."""
+        return {
+            name: parameter.detach().cpu()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def pad_tokens(rows: list[np.ndarray], pad_token: int) -> Tensor:
+    """Token ids and attention mask, (2, batch, longest) int64, padded on the right."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_token, np.int64)
+    ids[mask] = np.concatenate(rows)
+    return torch.from_numpy(np.stack((ids, mask)))
+
+
+def _prefix(instruction: str, kind: str) -> str:
+    """What stands before each text; the form is Qwen3-Embedding's model card's."""
+    if instruction == "auto":
+        instruction = TASK if kind.startswith("qwen") else ""
+    return f"Instruct: {instruction}\nQuery:" if instruction else ""
+
+
+def _pooling(pooling: str, kind: str) -> str:
+    if pooling != "auto":
+        return pooling
+    # families made for masked language modelling look both ways; in the others only the last token has seen the text
+    return "mean" if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "last"
+
+
+def _end_token(tokenizer, name: str) -> int:
+    """The id the tokenizer puts at the end of every text; without one the last token would be any word."""
+    last = tokenizer("music")["input_ids"][-1]
+    if last not in tokenizer.all_special_ids:
+        raise UserError(
+            f"{name}: pooling by the last token needs a tokenizer that ends every text with an end token, "
+            f"found {tokenizer.convert_ids_to_tokens(last)!r} at the end; use --pooling mean or another model"
+        )
+    return last
+
+
+def _check_length(config: TrainingConfig, model_config, shortest: int) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None) or config.max_length
+    if config.max_length > positions:
+        raise UserError(f"{config.text_model}: has {positions} positions, found max_length {config.max_length}")
+    if shortest >= config.max_length:
+        raise UserError(
+            f"{config.text_model}: expected max_length to leave room for a text after the instruction, "
+            f"found max_length {config.max_length} and {shortest} tokens around an empty text"
+        )
+
+
+def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
+    """Freeze the backbone and put float32 LoRA matrices (Hu et al. 2021) on all its linear layers.
+
+    A pooler (BERT's) is left out: sentence embeddings do not pass through it. The returned PEFT model loads the
+    trained weights alone under `strict=True`; what is frozen is filled in from the model itself.
+    """
+    has_pooler = any("pooler" in name for name, _ in backbone.named_modules())
+    lora = LoraConfig(
+        task_type=TaskType.FEATURE_EXTRACTION,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        exclude_modules=r".*pooler.*" if has_pooler else None,
+    )
+    model = get_peft_model(backbone, lora)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def fill_frozen(module, state_dict, prefix, *_):
+        for name, value in module.state_dict(prefix=prefix).items():
+            if name.removeprefix(prefix) not in trained:
+                state_dict.setdefault(name, value)
+
+    model.register_load_state_dict_pre_hook(fill_frozen)
+    return model
