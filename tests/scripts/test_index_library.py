@@ -362,7 +362,8 @@ def test_memory_stays_flat_on_a_long_file(tmp_path, tiny_models):
             for part in range(seconds // 20):
                 file.write(clip(part, 20, 8000))
     code = (
-        "import resource, sys; sys.path.insert(0, 'tests')\nfrom pathlib import Path; from helpers.small_library import spec\n"
+        "import resource, sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "from helpers.small_library import spec\n"
         "from embedding_models.tracks import embed_track\n"
         f"encoder = spec(Path({str(tiny_models)!r})).load()\n"
         "for name in ('short', 'long'):\n"
