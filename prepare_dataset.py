@@ -19,7 +19,7 @@ from embedding_models.pipeline import Finished, StageSeconds, embed_clips
 from embedding_models.registry import DEFAULTS, ENCODERS, add_encoder_flags, spec_from_flags
 from preparing.log_lines import log_dataset, log_store
 from preparing.merging import finish
-from preparing.musicbench import open_dataset
+from preparing.opening import open_dataset
 from preparing.plan import plan_lines
 from preparing.recordings import Dataset
 from preparing.shards import check_finished, discard, open_shard

@@ -8,7 +8,8 @@ import numpy as np
 from embedding_models.base import choose_device
 from embedding_models.costs import matmul_tflops
 from embedding_models.registry import ENCODERS, model_flag
-from preparing.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
+from preparing.musicbench import PUBLISHED_ROWS, download_sizes
+from preparing.opening import open_dataset
 
 
 def plan_lines(args: argparse.Namespace) -> Iterator[str]:
