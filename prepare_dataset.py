@@ -38,6 +38,7 @@ EXAMPLES = """examples:
 
 The same command goes on where it was stopped."""
 DTYPE_HELP = "type of the vectors; float16: encoders that bear it compute in half precision on CUDA (%(default)s)"
+ENCODERS_HELP = f"which encoders ({' '.join(DEFAULTS)})"
 DATASET_HELP = (
     "a folder with MusicBench's files, or a table (JSON Lines, CSV, Parquet) of your own recordings; "
     "without it MusicBench is downloaded"
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "float16"), default="float32", help=DTYPE_HELP)
     add("--dataset", help=DATASET_HELP)
     add("--revision", help="MusicBench's revision on the hub (a pinned one)")
-    add("--encoders", nargs="+", choices=tuple(ENCODERS), default=DEFAULTS, help=f"({' '.join(DEFAULTS)})")
+    add("--encoders", nargs="+", choices=tuple(ENCODERS), default=DEFAULTS, help=ENCODERS_HELP)
     add_encoder_flags(parser, "the published one")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--num-workers", type=int, default=os.cpu_count() or 1, help="decoding threads (%(default)s)")
