@@ -1,7 +1,7 @@
 """Audio files as the encoders take them: decoded once, resampled to each rate, cut into windows of 10 s."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import soxr
 from embedding_models.decoding.errors import AudioError
 from embedding_models.decoding.sound import MIN_SECONDS, Sound
 
-__all__ = ["MIN_SECONDS", "WINDOW_SECONDS", "AudioError", "AudioFormat", "TrackWindows", "track_windows"]
+__all__ = ["MIN_SECONDS", "WINDOW_SECONDS", "AudioError", "AudioFormat", "TrackWindows", "stacked", "track_windows"]
 
 WINDOW_SECONDS = 10
 
@@ -20,6 +20,12 @@ class AudioFormat(NamedTuple):
 
     sample_rate: int
     channels: int
+
+
+def stacked(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """Windows of one format, (channels, samples) each, as an encoder takes them: (n, samples), or (n, 2, samples)."""
+    waveforms = np.stack(windows)
+    return waveforms[:, 0] if waveforms.shape[1] == 1 else waveforms
 
 
 class TrackWindows(Iterator[dict[AudioFormat, np.ndarray]]):

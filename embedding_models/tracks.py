@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_models.audio import WINDOW_SECONDS, track_windows
+from embedding_models.audio import WINDOW_SECONDS, TrackWindows, stacked, track_windows
 from embedding_models.base import AudioEmbeddingModel
+
 
 def window_starts(windows: int, seconds: float) -> list[float]:
     """Where each of a track's windows starts, in seconds: every ten, the last one ten before the end."""
@@ -16,22 +17,22 @@ def window_starts(windows: int, seconds: float) -> list[float]:
     return [float(WINDOW_SECONDS * i) for i in range(windows - 1)] + [last]
 
 
-def embed_track(encoder: AudioEmbeddingModel, path: Path, batch_size: int) -> tuple[float, Iterator[np.ndarray]]:
-    """A track's length in seconds, and its windows' vectors in order, (up to batch_size, dim) float32 at a time.
+def embed_track(encoder: AudioEmbeddingModel, path: Path, batch_size: int) -> tuple[TrackWindows, Iterator[np.ndarray]]:
+    """A track's windows, which know its length once all are read, and their windows' vectors in order, (up to batch_size, dim) float32 at a time.
 
     A thread decodes ahead by one batch, so that two batches of windows at most are in memory. Raises `AudioError`.
     """
-    seconds, windows = open_track(path, [encoder.format])
-    return seconds, _encoded(encoder, _ahead(windows, batch_size), batch_size)
+    windows = track_windows(path, [encoder.format])
+    return windows, _encoded(encoder, _ahead(windows, batch_size), batch_size)
 
 
 def _encoded(encoder: AudioEmbeddingModel, windows: Iterator, batch_size: int) -> Iterator[np.ndarray]:
     waiting: list[np.ndarray] = []
 
     def encode() -> np.ndarray:
-        waveforms = np.stack(waiting)
+        waveforms = stacked(waiting)
         waiting.clear()
-        return encoder.embed_windows(waveforms[:, 0] if encoder.channels == 1 else waveforms).numpy()
+        return encoder.embed_windows(waveforms).numpy()
 
     for window in windows:
         waiting.append(window[encoder.format])

@@ -49,12 +49,9 @@ class SndfileSource:
             with self._open(stream) as sound:
                 if (sound.samplerate, sound.channels) != (self.rate, self.channels):
                     raise Refusal(f"part {number + 1} of {len(self._streams)} has another rate or channels")
-                decoded = 0
+                self.promised += _promised(self._header, sound.frames) / self.rate
                 while len(block := sound.read(BLOCK_SECONDS * self.rate, dtype="float32", always_2d=True)):
-                    decoded += len(block)
                     yield block
-                counted = sound.frames if sound.frames < _COUNT_UNKNOWN else decoded
-                self.promised += _promised(self._header, counted) / self.rate
 
     def _open(self, pieces: list[Piece] | None) -> soundfile.SoundFile:
         if pieces is None and self._own:
@@ -65,8 +62,8 @@ class SndfileSource:
 
 
 def _promised(header: Header, counted: int) -> float:
-    """Frames that a stream's header promises beyond those of `header.frames`; libsndfile counts those in `counted`."""
-    return 0 if header.frames is not None else counted * header.promised
+    """Frames that a stream's header promises, by what libsndfile counts; 0 where it has been asked or nobody knows."""
+    return 0 if header.frames is not None or counted > _COUNT_UNKNOWN else counted * header.promised
 
 
 def _streams(reader: ByteReader) -> list[list[Piece] | None]:
