@@ -214,17 +214,17 @@ def update(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles,
         changes = look_through(folder, files, moments, bar.update)
     if not changes.present:
         raise UserError(f"{folder}: expected audio files, found none")
-    for line in changes.left_out:
+    for line in changes.lines():
         log.warning("left out %s", line)
     log.info(
         "%s: %d unchanged, %d touched, %d moved or copied, %d to be embedded",
         folder, changes.unchanged, changes.touched, changes.moved, len(changes.todo),
     )  # fmt: skip
-    left_out = len(changes.left_out)
+    left_out = changes.count_left_out
     if changes.todo:
         left_out += embed(args, config, files, changes.todo, moments, log)
     if args.prune:
-        log.info("pruned %d tracks that are no longer there", prune(folder, files, changes))
+        log.info("pruned %d tracks that are no longer there", prune(files, changes))
     return left_out
 
 

@@ -11,9 +11,9 @@ import torch
 
 from common.errors import UserError
 from embedding_models.audio import AudioError
+from embedding_models.averaging import WindowMean
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.registry import EncoderSpec
-from embedding_models.averaging import WindowMean
 from embedding_models.tracks import embed_track, window_starts
 
 

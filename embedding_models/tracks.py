@@ -18,7 +18,9 @@ def window_starts(windows: int, seconds: float) -> list[float]:
 
 
 def embed_track(encoder: AudioEmbeddingModel, path: Path, batch_size: int) -> tuple[TrackWindows, Iterator[np.ndarray]]:
-    """A track's windows, which know its length once all are read, and their windows' vectors in order, (up to batch_size, dim) float32 at a time.
+    """A track's windows, and their vectors in order, (up to batch_size, dim) float32 at a time.
+
+    The windows know the track's length, `seconds`, once all vectors are there.
 
     A thread decodes ahead by one batch, so that two batches of windows at most are in memory. Raises `AudioError`.
     """

@@ -1,5 +1,6 @@
 """Queries against an indexed library: texts, tracks, a text without another, moments inside tracks."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -133,8 +134,9 @@ class Searcher:
         from music_library.music_folder import track_id  # here, as the web page has no use for the folder walk
 
         back = self._map_path and (self._map_path[1], self._map_path[0])
-        for each in (str(path), replaced_prefix(str(path), back)):
-            number = track_id(Path(each).absolute())
+        spellings = [os.path.realpath(path), os.path.abspath(path)]  # the second: indexed before links were resolved
+        for each in dict.fromkeys([*spellings, *(replaced_prefix(each, back) for each in [str(path), *spellings])]):
+            number = track_id(Path(os.path.abspath(each)))
             if self._database.get(self.space.name, [number], ["path"]):
                 return track_name(number)
         return None

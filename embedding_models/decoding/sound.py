@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -66,16 +66,14 @@ class Sound:
         Raises `AudioError` for what is not audio, is cut short, holds less than 0.5 s or has samples that are not
         finite, on the way in or from a block.
         """
-        own = isinstance(self._file, (str, os.PathLike))
+        own = isinstance(self._file, str | os.PathLike)
         try:
-            file = Path(self._file).open("rb") if own else self._file
-            try:
-                with _source(file, own, self.name) as source:
-                    self.rate, self.channels = source.rate, source.channels if source.channels <= 2 else 1
-                    yield self._checked(file, own, source)
-            finally:
-                if own:
-                    file.close()
+            with (
+                Path(self._file).open("rb") if own else nullcontext(self._file) as file,
+                _source(file, own, self.name) as source,
+            ):
+                self.rate, self.channels = source.rate, source.channels if source.channels <= 2 else 1
+                yield self._checked(file, own, source)
         except OSError as error:
             raise AudioError("unreadable", f"{self.name}: {error.strerror or error}") from error
 
@@ -91,7 +89,7 @@ class Sound:
             yield block if block.shape[1] <= 2 else block.mean(axis=1, keepdims=True)
         if self.seconds < source.promised - _MISSING_SECONDS:
             found = f"{self.seconds:.2f} of {source.promised:.2f} s could be decoded"
-            raise AudioError("unreadable", f"{self.name}: truncated, {found}")
+            raise AudioError("unreadable", f"{self.name}: truncated or damaged, {found}")
         if self._frames == 0:
             raise AudioError("unreadable", f"{self.name}: an audio file without any sound in it")
         if self.seconds < MIN_SECONDS:
