@@ -60,6 +60,8 @@ def model_pooling(name: str, folder: Path, config: PretrainedConfig) -> str:
     """
     if (folder / OWN_FILE).is_file():
         return _own_pooling(name, folder / OWN_FILE)
+    if config.is_encoder_decoder:
+        return "mean"  # what is loaded of it is the encoder, which looks both ways
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         return "mean"
     return family_pooling(config.model_type)
@@ -79,7 +81,7 @@ def _own_pooling(name: str, path: Path) -> str:
     if len(found) != 1 or found[0] is None:
         asked = " and ".join(map(str, modes)) or "nothing"
         raise UserError(
-            f"{name}: its own {OWN_FILE} asks for pooling by {asked}, expected one of {', '.join(POOLS)}; name one with "
-            f"--pooling"
+            f"{name}: its own {OWN_FILE} asks for pooling by {asked}, expected one of {', '.join(POOLS)}; "
+            f"name one with --pooling"
         )
     return found[0]

@@ -74,7 +74,8 @@ class TextEncoder(nn.Module):
         """Sentence embeddings of padded texts: (2, batch, length) ids and mask -> (batch, dim) float32, unit length."""
         ids, mask = tokens.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            # past PEFT, which hands on arguments of its own that CLIP does not take
+            hidden = self.model.get_base_model()(input_ids=ids, attention_mask=mask).last_hidden_state
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a bf16 base is pooled in float32
         return F.normalize(POOLS[self.pooling](hidden, mask), dim=-1)
 
@@ -157,7 +158,12 @@ def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
         target_modules="all-linear",
         exclude_modules=r".*pooler.*" if has_pooler else None,
     )
-    model = get_peft_model(backbone, lora)
+    try:
+        model = get_peft_model(backbone, lora)
+    except ValueError as error:  # PEFT knows families that LoRA does not serve
+        raise UserError(
+            f"{config.text_model}: LoRA cannot be put on its linear layers ({' '.join(str(error).split())[:200]})"
+        ) from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def fill_frozen(module, state_dict, prefix, *_):
