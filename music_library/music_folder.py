@@ -12,54 +12,19 @@ import soundfile
 
 from embedding_models.decoding.ffmpeg import has_ffmpeg
 
-_LIBSNDFILE_KINDS = frozenset(
-    [
-        ".wav",
-        ".wave",
-        ".flac",
-        ".ogg",
-        ".oga",
-        ".mp3",
-        ".mp2",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".w64",
-        ".rf64",
-        ".caf",
-        ".opus",
-    ]
-)
-_FFMPEG_KINDS = frozenset(
-    [
-        ".m4a",
-        ".m4b",
-        ".m4r",
-        ".mp4",
-        ".aac",
-        ".wma",
-        ".wv",
-        ".ape",
-        ".mka",
-        ".webm",
-        ".weba",
-        ".mpc",
-        ".tta",
-        ".tak",
-        ".ac3",
-        ".eac3",
-        ".dts",
-        ".dsf",
-        ".dff",
-        ".amr",
-        ".spx",
-    ]
-)
-_OTHER_KINDS = frozenset(
-    [".mid", ".midi", ".kar", ".xm", ".s3m", ".sid", ".nsf", ".aa", ".aax", ".m4p", ".cda"]
-)  # no sound, or DRM
+# fmt: off
+_LIBSNDFILE_KINDS = {
+    ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd", ".w64",
+    ".rf64", ".caf",
+}
+_FFMPEG_KINDS = {
+    ".m4a", ".m4b", ".m4r", ".mp4", ".aac", ".wma", ".wv", ".ape", ".mka", ".webm", ".weba", ".mpc", ".tta", ".tak",
+    ".ac3", ".eac3", ".dts", ".dsf", ".dff", ".amr", ".spx",
+}
+_OTHER_KINDS = {  # without sound, or locked
+    ".mid", ".midi", ".kar", ".xm", ".s3m", ".sid", ".nsf", ".aa", ".aax", ".m4p", ".cda",
+}
+# fmt: on
 KINDS = _LIBSNDFILE_KINDS | _FFMPEG_KINDS | _OTHER_KINDS
 """Suffixes of the files that are looked at; what is in them decides how they are read."""
 NEEDS_FFMPEG, NOT_READ = "a kind that ffmpeg reads, which is not installed", "a kind that is not read"

@@ -13,6 +13,9 @@ from embedding_models.decoding.headers import id3_end
 from embedding_models.decoding.views import ByteReader, Piece
 
 _SEARCH_BYTES = 1 << 20  # how far the first frame may be behind tags, and a next one behind damage
+# Samples that an encoder puts in front of the sound: what LAME does and nearly all copy. Players take them off with
+# those that decoding adds; a stream that does not say is taken to have them, so that it begins where its twin does.
+_USUAL_DELAY = 576
 _RATES = (44_100, 48_000, 32_000)  # of MPEG 1; half of it in MPEG 2, a quarter in 2.5
 _KBITS = {  # by (MPEG 1, layer), for the bit rate's index from 1
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -87,8 +90,10 @@ class MpegStream:
         made = parse_frame(bytes(head))
         assert made is not None
         frame = bytearray(head + bytes(made.length - 4))
-        frame[made.xing_at : made.xing_at + 8] = b"Info\0\0\0\0"
-        return _with_count(bytes(frame), made, self.frames)
+        count = b"Info" + (1).to_bytes(4) + self.frames.to_bytes(4)
+        tag = count + b"LAME".ljust(21, b"\0") + (_USUAL_DELAY << 12).to_bytes(3)
+        frame[made.xing_at : made.xing_at + len(tag)] = tag
+        return bytes(frame)
 
 
 def _with_count(xing: bytes, frame: Frame, frames: int) -> bytes:
