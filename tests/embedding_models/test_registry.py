@@ -98,16 +98,14 @@ def test_licences_in_words(monkeypatch):
 
 
 def test_the_plan_names_what_a_package_takes(monkeypatch, tmp_path, capsys):
-    packaged = replace(
-        ENCODERS["muq"], name="packaged", weights=PackageWeights("ears", "0.1.0", 29_000_000), licence="ISC",
-        commercial=True, options={},
-    )  # fmt: skip
+    weights = PackageWeights("MSD_ears", "ears", "0.1.0", 29_000_000)
+    packaged = replace(ENCODERS["mert"], name="packaged", weights=weights, licence="ISC", commercial=True)
     monkeypatch.setitem(ENCODERS, "packaged", packaged)
     (tmp_path / "mine.jsonl").write_text("".join(f'{{"audio": "{i}.wav", "caption": "{i}"}}\n' for i in range(9)))
     words = ["--plan", "--device", "cpu", "--dataset", str(tmp_path / "mine.jsonl"), "--encoders", "packaged"]
     assert prepare_dataset.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
-        "encoder     packaged: ears, weights ISC (commercial use allowed)",
+        "encoder     packaged: MSD_ears, weights ISC (commercial use allowed)",
         "download    pip install --no-deps ears==0.1.0: 0.03 GB",
     ]
