@@ -217,7 +217,7 @@ def _query_vector(query: TextQuery, vectors: dict[str, np.ndarray]) -> np.ndarra
     if not query.unwanted:
         return vector
     try:
-        return without(vector[None], vectors[query.unwanted], query.weight)[0]
+        return without(vector[None], vectors[query.unwanted], query.weight, "not")[0]
     except UserError as error:
         raise Refused(str(error)) from None
 

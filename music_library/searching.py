@@ -54,12 +54,15 @@ def track_number(track: str) -> int | None:
     return number if number < 1 << 63 else None
 
 
-def without(vectors: np.ndarray, unwanted: np.ndarray, weight: float) -> np.ndarray:
-    """Queries (n, dim) less `weight` times the unit vector `unwanted` (dim,), at unit length again."""
+def without(vectors: np.ndarray, unwanted: np.ndarray, weight: float, setting: str = "--not") -> np.ndarray:
+    """Queries (n, dim) less `weight` times the unit vector `unwanted` (dim,), at unit length again.
+
+    Raises `UserError`, which names the `setting` that was given, where nothing is left.
+    """
     rest = vectors - weight * unwanted / np.linalg.norm(unwanted)
     lengths = np.linalg.norm(rest, axis=1, keepdims=True)
     if (lengths < 1e-6).any():
-        raise UserError("--not: nothing is left of the query; expected it to differ from what it is to be without")
+        raise UserError(f"{setting}: nothing is left of the query; expected it to differ from what it is to be without")
     return (rest / lengths).astype(np.float32)
 
 
