@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from common import hub
 from common.errors import UserError, run_script
+from common.files import Lock
 from common.logs import start_log
 from embedding_models import AudioError, MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from embedding_models.base import AudioEmbeddingModel, choose_device
@@ -23,7 +24,7 @@ from preparing.merging import finish
 from preparing.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
 from preparing.recordings import Dataset
 from preparing.shards import check_finished, discard, open_shard
-from preparing.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
+from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
 from store.reading import SPLITS, EmbeddingStore, StoreHeader
 from store.verifying import faults
 

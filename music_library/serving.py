@@ -262,16 +262,25 @@ def _problem(status: int, text: str, headers: Mapping[str, str] | None = None) -
     return JSONResponse({"error": " ".join(text.split())}, status, headers)
 
 
+def _parameter(fault: dict[str, Any]) -> str:
+    """The parameter that pydantic finds fault with; "body" for a body that is no JSON.
+
+    A place is ("query" | "body" | "path", the parameter, the type of a union that was tried...).
+    """
+    if fault["type"] == "json_invalid" or len(fault["loc"]) == 1:
+        return str(fault["loc"][0])
+    return str(fault["loc"][1])[:80]
+
+
 def _add_errors(app: FastAPI) -> None:
     """Every failure is one line of JSON. What was sent is never repeated in it."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        # A fault of JSON's syntax has a place in the text instead of a parameter's name.
-        place = ["body"] if first["type"] == "json_invalid" else first["loc"][1:]
-        where = ".".join(str(part) for part in place)[:80]
-        return _problem(400, f"{where}: {first['msg']}" if where else first["msg"])
+        faults = error.errors()
+        parameter = _parameter(faults[0])
+        reasons = " or ".join(dict.fromkeys(fault["msg"] for fault in faults if _parameter(fault) == parameter))
+        return _problem(400, f"{parameter}: {reasons}" if parameter else reasons)
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:

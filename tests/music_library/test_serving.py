@@ -279,6 +279,7 @@ def test_every_kind_of_audio_file_has_its_type(client, double, tmp_path, monkeyp
         ("/api/search?q=a&not_weight=-1", {}, "not_weight"),
         ("/api/search?q=a&k=0", {}, "k"),
         ("/api/search?k=3", {}, "q"),
+        ("/api/search?q=a&moments=perhaps", {}, "moments"),
         ("/api/like/id1?k=0", {}, "k"),
         ("/api/search", {"method": "POST", "body": "{bad", "headers": JSON}, "body"),
         ("/api/search", {"method": "POST", "body": '{"q": "a", "not": 3}', "headers": JSON}, "not"),

@@ -1,5 +1,8 @@
-"""TensorBoard curves that neither double nor lose a point when a run is killed and resumed."""
+"""TensorBoard curves, written and read: they neither double nor lose a point when a run is killed and resumed."""
 
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -26,3 +29,15 @@ class CurveWriter(SummaryWriter):
     def points_of(self, step: int) -> dict[str, float]:
         """The scalars of this step, if it is the newest."""
         return dict(self.newest[1]) if self.newest[0] == step else {}
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of the event files in a folder: tag -> (step, value) in order; empty where there are none.
+
+    What a run that was restarted from an earlier step had written beyond that step is left out, as TensorBoard does.
+    """
+    if not folder.is_dir():
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

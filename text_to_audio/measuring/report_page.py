@@ -15,13 +15,13 @@ from common.templates import templates_beside
 from store.reading import EmbeddingStore, StoreHeader
 from text_to_audio.config import TrainingConfig
 from text_to_audio.measuring.charts import bar_chart, line_chart
+from text_to_audio.measuring.curves import read_curves
 from text_to_audio.measuring.evaluation import Evaluator, Gallery, by_subset
 from text_to_audio.measuring.examples import best_and_worst, similarity_counts
 from text_to_audio.measuring.metrics import chance_level, rounded, text_to_audio_ranks
 from text_to_audio.measuring.summary import COLUMNS
 from text_to_audio.model.checkpoints import read_checkpoint
 from text_to_audio.model.inference import load_checkpoint
-from text_to_audio.training.log_lines import read_curves
 
 _TEMPLATES = templates_beside(__file__)
 
