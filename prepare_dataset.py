@@ -21,7 +21,8 @@ from embedding_models.costs import PUBLISHED, matmul_tflops
 from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
 from preparing.merging import finish
-from preparing.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
+from preparing.musicbench import PUBLISHED_ROWS, download_sizes
+from preparing.opening import open_dataset
 from preparing.recordings import Dataset
 from preparing.shards import check_finished, discard, open_shard
 from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
