@@ -183,9 +183,9 @@ def _require_repo_id(name: str) -> None:
 
 def _repo_content(repo_id: str, revision: str | None, repo_type: str) -> tuple[str, dict[str, int]]:
     """The commit id that a revision of a repository is now, and the bytes of each of its files by name."""
-    info = _patiently(
-        lambda: HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True, timeout=TIMEOUT)
-    )
+    api = HfApi()
+    ask = api.dataset_info if repo_type == "dataset" else api.model_info
+    info = _patiently(lambda: ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT))
     if info.sha is None:
         raise FileMetadataError(f"{endpoint()} does not answer like a Hugging Face hub")
     return info.sha, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}

@@ -161,7 +161,7 @@ class QueryWorker:
         return [first, *self._take_waiting(MAX_BATCH - 1)]
 
     def _take_waiting(self, at_most: int) -> list[TextQuery | Call]:
-        taken = []
+        taken: list[TextQuery | Call] = []
         while len(taken) < at_most:
             try:
                 taken.append(self._waiting.get_nowait())

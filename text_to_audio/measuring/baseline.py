@@ -79,8 +79,8 @@ def fit_ridge(text: Tensor, captions: CaptionSet, vectors: AudioVectors, head: P
         audio = head.standardise_audio(vectors.block(start, start + step))
         cross.addmm_(by_recording[start : start + step].to(audio).T, audio)
         audio_mean += count[start : start + step] @ audio / len(text)
-    small = (each.to(device, kind) for each in (mean, basis, eigenvalues.clamp_min(0)))
-    return RidgeProjection(*small, cross, audio_mean, head)
+    text_mean, basis, eigenvalues = (each.to(device, kind) for each in (mean, basis, eigenvalues.clamp_min(0)))
+    return RidgeProjection(text_mean, basis, eigenvalues, cross, audio_mean, head)
 
 
 @contextmanager

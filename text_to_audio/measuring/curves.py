@@ -1,6 +1,7 @@
 """TensorBoard curves, written and read: they neither double nor lose a point when a run is killed and resumed."""
 
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -19,12 +20,12 @@ class CurveWriter(SummaryWriter):
         for tag, value in (scalars or {}).items():
             self.add_scalar(tag, value, step)
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int = 0, *more: Any, **options: Any) -> None:
         """Write a point; a step's points come before those of later steps."""
         if global_step != self.newest[0]:
             self.newest = global_step, {}
         self.newest[1][tag] = float(scalar_value)
-        super().add_scalar(tag, scalar_value, global_step)
+        super().add_scalar(tag, scalar_value, global_step, *more, **options)
 
     def points_of(self, step: int) -> dict[str, float]:
         """The scalars of this step, if it is the newest."""
