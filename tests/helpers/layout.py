@@ -20,6 +20,7 @@ MAY_IMPORT = {
     | {f"text_to_audio.{room}" for room in ROOMS},
 }
 """What each room may import besides itself; what is not named here (scripts, examples, tests) may import all."""
+MAY_IMPORT["text_to_audio.measuring"] |= {"embedding_models.registry"}  # licences; it loads no encoder
 MOST_MODULES = 15
 
 
@@ -66,7 +67,7 @@ def upward_imports(graph):
     for module, imported in graph.items():
         room = room_of(module)
         for other in sorted(imported) if room else []:
-            if room_of(other) != room and room_of(other) not in MAY_IMPORT[room]:
+            if room_of(other) != room and not {room_of(other), other} & MAY_IMPORT[room]:
                 faults.append(f"{module} imports {other}")
     return faults
 

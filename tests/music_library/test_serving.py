@@ -16,6 +16,7 @@ from mutagen.flac import FLAC, Picture
 from common.errors import UserError
 from helpers.searcher_double import HOSTILE, DoubleSearcher, running_server
 from music_library import query_worker
+from music_library.api_listing import api_listing
 from music_library.byte_ranges import byte_ranges
 from music_library.music_folder import SUFFIXES
 from music_library.query_worker import NotReady, QueryWorker, TextQuery, VectorCache
@@ -347,6 +348,21 @@ def test_the_api_is_described_for_people_and_for_programs(client):
     for path in description["paths"]:
         assert path in page
     assert "moments" in page
+
+
+def test_the_api_s_list_shows_markup_as_text():
+    schema = {"properties": {"x": {"type": "string", "description": "<i>'&"}}}
+    operation = {"summary": "<script>alert(1)</script>", "parameters": [{"name": "<b>", "schema": {"type": "string"}}]}
+    page = api_listing(
+        {
+            "info": {"title": "<u>"}, "openapi": "3", "paths": {"/<a>": {"get": operation}},
+            "components": {"schemas": {"Answer": schema}},
+        }
+    )  # fmt: skip
+    body = page.split("<body>")[1]
+    assert not re.findall(r"<(?:script|b>&|u>|i>|a>)", body)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
+    assert "&lt;i&gt;&#39;&amp;" in body
 
 
 def test_while_loading_searches_are_503_and_the_page_is_there(tmp_path):

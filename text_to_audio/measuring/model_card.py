@@ -8,15 +8,11 @@ from transformers import AutoConfig
 from common.errors import UserError
 from common.hub import fetch_model_folder
 from common.templates import templates_beside
+from embedding_models.registry import licence_note
 from text_to_audio.config import TrainingConfig
 from text_to_audio.measuring.summary import FILE_NAME, read_summary
 from text_to_audio.model.text_encoder import _pooling, _prefix
 
-LICENCES = (
-    "The published weights of the audio encoders muq, mert and latent are CC-BY-NC-4.0: they, and what is made with "
-    "them,\nare not for commercial use. MusicBench, where it is the data set, is CC-BY-SA-3.0. The text\nencoder has a "
-    "licence of its own."
-)
 UNKNOWN = "not recorded"
 
 _TEMPLATES = templates_beside(__file__)
@@ -35,7 +31,7 @@ def model_card(contents: dict, config: TrainingConfig, checkpoint: Path) -> str:
         validation=contents.get("metrics") or {},
         test=_test_metrics(contents, config, checkpoint),
         summary=FILE_NAME,
-        licences=LICENCES,
+        encoder_licence=licence_note(config.audio_encoder),
         **_snippet_values(config),
     )
 
