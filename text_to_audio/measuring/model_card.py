@@ -11,8 +11,10 @@ from common.templates import templates_beside
 from embedding_models.registry import licence_note
 from text_to_audio.config import TrainingConfig
 from text_to_audio.measuring.summary import FILE_NAME, read_summary
-from text_to_audio.model.text_encoder import _pooling, _prefix
+from text_to_audio.model.pooling import family_pooling
+from text_to_audio.model.text_encoder import _prefix
 
+POOLED = {"last": "hidden[-1]", "mean": "hidden.mean(0)", "cls": "hidden[0]"}  # of one text, unpadded
 UNKNOWN = "not recorded"
 
 _TEMPLATES = templates_beside(__file__)
@@ -48,7 +50,7 @@ def _snippet_values(config: TrainingConfig) -> dict[str, str]:
     return {
         "base": json.dumps(config.text_model),
         "prefix": json.dumps(_prefix(config.instruction, kind)),
-        "pool": "hidden[-1]" if _pooling(config.pooling, kind) == "last" else "hidden.mean(0)",
+        "pool": POOLED[family_pooling(kind) if config.pooling == "auto" else config.pooling],
     }
 
 
