@@ -174,6 +174,16 @@ def test_table_and_json(capsys):
     assert clock(3725) == "1:02:05"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_query(tmp_path, monkeypatch):
+    (tmp_path / "queries.txt").write_bytes("\ufeffcalm piano\r\ndrum\r\n".encode())
+    assert search.read_queries(str(tmp_path / "queries.txt")) == ["calm piano", "drum"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffcalm piano\n"))
+    assert search.read_queries("-") == ["calm piano"]
+    (tmp_path / "queries.txt").write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(UserError, match="found none"):
+        search.read_queries(str(tmp_path / "queries.txt"))
+
+
 def test_a_batch_from_a_file_or_stdin_equals_one_by_one(capsys, monkeypatch, tmp_path):
     queries = ["calm piano", "drum", "happy song with guitar"]
     (tmp_path / "queries.txt").write_text("\n\n".join(queries) + "\n")
