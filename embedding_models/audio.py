@@ -1,7 +1,7 @@
 """Audio files as the encoders take them: decoded once, resampled to each rate, cut into windows of 10 s."""
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ class TrackWindows(Iterator[dict[AudioFormat, np.ndarray]]):
         """Leave the file."""
         self._windows.close()
 
-    def _cut(self, formats: Collection[AudioFormat]) -> Iterator[dict[AudioFormat, np.ndarray]]:
+    def _cut(self, formats: Collection[AudioFormat]) -> Generator[dict[AudioFormat, np.ndarray]]:
         with self._sound.opened() as blocks:
             yield from _Windows(self._sound.rate, self._sound.channels, formats).cut(blocks)
 

@@ -164,7 +164,9 @@ def _text_chunks(path: Path) -> dict[str, str]:
 
 def _first(file: mutagen.FileType | None, key: str) -> str:
     """The first text of a tag, by whichever name the file has for it."""
-    for name in _NAMES[key] if file is not None else ():
+    if file is None:
+        return ""
+    for name in _NAMES[key]:
         try:
             values = file.get(name) or []
             if text := _one_line(values[0]):

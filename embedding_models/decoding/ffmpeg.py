@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -40,10 +40,14 @@ class FfmpegSource:
         """The sound, (frames, channels) float32 at a time. Raises `AudioError` where ffmpeg gives up."""
         words = ["ffmpeg", "-v", "error", "-nostdin", *_READING, "-i", f"file:{self._path}", "-map", "0:a:0"]
         form = ["-ac", str(self.channels), "-ar", str(self.rate), "-f", "f32le", "-"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen([*words, *form], **pipes)
+        process = subprocess.Popen(
+            [*words, *form], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        )
+        assert process.stdout is not None and process.stderr is not None  # noqa: PT018 - they are pipes
         said: list[bytes] = []
-        listener = threading.Thread(target=lambda: said.append(_last_of(process.stderr)), daemon=True)
+        listener = threading.Thread(
+            target=lambda stream: said.append(_last_of(stream)), args=(process.stderr,), daemon=True
+        )
         listener.start()
         size = 4 * self.channels
         try:
@@ -59,7 +63,7 @@ class FfmpegSource:
             raise AudioError("unreadable", f"{self._name}: ffmpeg could not decode it whole{_said(b''.join(said))}")
 
 
-def _last_of(stream: BinaryIO) -> bytes:
+def _last_of(stream: IO[bytes]) -> bytes:
     """The end of what a process says; it is read to the end, so that the process never waits."""
     with stream:
         kept = b""

@@ -6,13 +6,16 @@ and that many bytes, padded to be even. RF64 (EBU Tech 3306) keeps the size of i
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from embedding_models.decoding.views import ByteReader, Piece, patched
 
 _STRAY_BYTES = 4096  # what may follow the sound without being any
 _TAGS = (b"ID3", b"TAG", b"APETAGEX")  # of other formats, put behind the last chunk by careless taggers
 _SOUND = {b"RIFF": b"data", b"RF64": b"data", b"RIFX": b"data", b"FORM": b"SSND"}
+
+
+Order = Literal["little", "big"]
 
 
 class Header(NamedTuple):
@@ -50,7 +53,7 @@ def read_header(reader: ByteReader) -> Header:
 
 
 def _chunked(reader: ByteReader, magic: bytes) -> Header:
-    order = "big" if magic in (b"FORM", b"RIFX") else "little"
+    order: Order = "big" if magic in (b"FORM", b"RIFX") else "little"
     long_size = None
     for position, name, size in _chunks(reader, 12, order):
         if name == b"ds64":
@@ -63,7 +66,7 @@ def _chunked(reader: ByteReader, magic: bytes) -> Header:
     return Header()
 
 
-def _chunks(reader: ByteReader, position: int, order: str) -> Iterator[tuple[int, bytes, int]]:
+def _chunks(reader: ByteReader, position: int, order: Order) -> Iterator[tuple[int, bytes, int]]:
     """Position, name and size of the chunks from a position on."""
     while len(head := reader.at(position, 8)) == 8:
         size = int.from_bytes(head[4:], order)
@@ -71,7 +74,7 @@ def _chunks(reader: ByteReader, position: int, order: str) -> Iterator[tuple[int
         position += 8 + size + size % 2
 
 
-def _settled(reader: ByteReader, start: int, field: _Field, order: str) -> Header:
+def _settled(reader: ByteReader, start: int, field: _Field, order: Order) -> Header:
     """What to make of a sound chunk whose content starts at `start` and whose size is `field`."""
     there = reader.size - start
     if not _placeholder(field, there):
@@ -89,7 +92,7 @@ def _placeholder(field: _Field, there: int) -> bool:
     return field.value > there and (near_limit or field.value >= 1 << 62)
 
 
-def _tail_is_no_sound(reader: ByteReader, end: int, order: str) -> bool:
+def _tail_is_no_sound(reader: ByteReader, end: int, order: Order) -> bool:
     """Whether what follows the sound's stated end is nothing much, more chunks, tags or padding."""
     if reader.size - end <= _STRAY_BYTES:
         return end > 0 and not _whole_file_is_tail(reader, end)

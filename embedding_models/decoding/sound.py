@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -69,7 +69,7 @@ class Sound:
         own = isinstance(self._file, str | os.PathLike)
         try:
             with (
-                Path(self._file).open("rb") if own else nullcontext(self._file) as file,
+                _opening(self._file) as file,
                 _source(file, own, self.name) as source,
             ):
                 self.rate, self.channels = source.rate, source.channels if source.channels <= 2 else 1
@@ -94,6 +94,10 @@ class Sound:
             raise AudioError("unreadable", f"{self.name}: an audio file without any sound in it")
         if self.seconds < MIN_SECONDS:
             raise AudioError("too short", f"{self.name}: {self.seconds:.3f} s of audio, expected {MIN_SECONDS} or more")
+
+
+def _opening(file: str | os.PathLike | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    return Path(file).open("rb") if isinstance(file, str | os.PathLike) else nullcontext(file)
 
 
 @contextmanager

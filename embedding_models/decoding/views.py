@@ -1,6 +1,5 @@
 """Views of a file: its bytes at any place, read in chunks, and a file put together from parts of another."""
 
-import io
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -39,8 +38,8 @@ class ByteReader:
         return -1
 
 
-class Spliced(io.RawIOBase):
-    """A read-only file made of pieces of another one and of bytes of its own, in order."""
+class Spliced:
+    """A file made of pieces of another one and of bytes of its own, in order, as far as soundfile needs one."""
 
     def __init__(self, file: BinaryIO, pieces: Sequence[Piece]):
         self._file = file
@@ -48,14 +47,6 @@ class Spliced(io.RawIOBase):
         lengths = [len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces]
         self._ends = list(accumulate(lengths))
         self._position = 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
 
     def tell(self) -> int:
         """The position in the whole."""
@@ -67,7 +58,7 @@ class Spliced(io.RawIOBase):
         self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: size}[whence])
         return self._position
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer as far as the file goes; returns the bytes read."""
         view = memoryview(buffer).cast("B")
         done = 0
