@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan_text(make_plan(config, train_step)))
         return
     processes = join(config)
+    config = processes.on_own_device(config)
     log = start_log("train", "train.log", quiet=not processes.is_main)
     try:
         train(config, log, processes)
