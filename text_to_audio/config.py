@@ -23,8 +23,8 @@ class TrainingConfig:
     """
 
     audio_encoder: str
-    """audio space to train for: latent, muq or mert, as the store holds it; several names train one text encoder with a
-    head for each (joint training)"""
+    """audio space to train for, by its name in the store; several names train one text encoder with a head for each
+    (joint training)"""
     data_path: str = "data/musicbench_embeddings/embeddings.h5"
     """store of audio vectors and captions, written by prepare_dataset.py"""
     checkpoint_dir: str = "checkpoints"
@@ -40,8 +40,9 @@ class TrainingConfig:
     """width of the audio space, read from the store"""
     instruction: str = "auto"
     """task put before each text as Qwen3-Embedding wants it; auto: for Qwen only; "": none; else the task's text"""
-    pooling: Literal["auto", "last", "mean"] = "auto"
-    """how tokens become one vector; auto: the last token for decoder-only models, the mean for BERT-like ones"""
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    """how tokens become one vector; auto: as the model's own 1_Pooling/config.json says, else the mean for models that
+    look both ways and the last token for the others; a run's checkpoints say which it was"""
     max_length: int = 192
     """tokens of a text, instruction and end token included; longer texts are cut"""
 

@@ -7,9 +7,11 @@ from transformers import AutoConfig
 
 from common.errors import UserError
 from common.hub import fetch_model_folder
+from embedding_models.registry import licence_note
 from text_to_audio.config import TrainingConfig
 from text_to_audio.measuring.summary import FILE_NAME, read_summary
-from text_to_audio.model.text_encoder import _pooling, _prefix
+from text_to_audio.model.pooling import family_pooling
+from text_to_audio.model.text_encoder import _prefix
 
 SNIPPET = """import torch
 import torch.nn.functional as F
@@ -75,10 +77,12 @@ Test (`{FILE_NAME}` beside the checkpoint):
 
 ## Licences
 
-The published weights of the audio encoders muq, mert and latent are CC-BY-NC-4.0: they, and what is made with them,
-are not for commercial use. MusicBench, where it is the data set, is CC-BY-SA-3.0. The text
-encoder has a licence of its own.
+{licence_note(config.audio_encoder)}
+MusicBench, where it is the data set, is CC-BY-SA-3.0. The text encoder has a licence of its own.
 """
+
+
+POOLED = {"last": "hidden[-1]", "mean": "hidden.mean(0)", "cls": "hidden[0]"}  # of one text, unpadded
 
 
 def _snippet(config: TrainingConfig) -> str:
@@ -92,7 +96,7 @@ def _snippet(config: TrainingConfig) -> str:
     return SNIPPET.format(
         base=json.dumps(config.text_model),
         prefix=json.dumps(_prefix(config.instruction, kind)),
-        pool="hidden[-1]" if _pooling(config.pooling, kind) == "last" else "hidden.mean(0)",
+        pool=POOLED[family_pooling(kind) if config.pooling == "auto" else config.pooling],
         max_length=config.max_length,
         audio_dim=config.audio_dim,
     )
