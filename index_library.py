@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, run_script
+from common.files import locked
 from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
@@ -20,7 +21,6 @@ from music_library.index_space import IndexSpace, read_head
 from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
 from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
 from music_library.vector_files import Track, VectorFiles, vectors_folder
-from preparing.work_file import Lock
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.head import ProjectionHead
 
@@ -170,13 +170,10 @@ def writing(folder: Path) -> Iterator[None]:
     """Hold the plain vectors of a space for one writer; `UserError` where another run has them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder / "writing.lock", wait=False, message=f"{folder}: another index_library.py writes there")
     except OSError as error:
         raise UserError(f"{folder}: expected a folder to write to, found: {error.strerror}") from error
-    try:
+    with locked(folder / "writing.lock", f"{folder}: another index_library.py writes there"):
         yield
-    finally:
-        lock.release()
 
 
 def take_over(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, log: Logger) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, run_script
-from common.files import publish
+from common.files import replacing
 from store.reading import EmbeddingStore, StoreHeader
 from text_to_audio.config import TrainingConfig
 from text_to_audio.measuring.charts import bar_chart, line_chart
@@ -69,10 +69,9 @@ def write_report(
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body>{''.join(body)}</body></html>\n"
     )
-    beside = path.with_name(path.name + ".part")
     try:
-        beside.write_text(page, encoding="utf-8")
-        publish(beside, path)
+        with replacing(path) as beside:
+            beside.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: could not write the report ({error.strerror})") from error
     return path

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError, run_script
-from common.files import publish
-from preparing.work_file import Lock
+from common.files import locked, replacing
 from text_to_audio.measuring.metrics import chance_level, rounded
 
 FILE_NAME = "training_summary.json"
@@ -21,17 +20,14 @@ def update_summary(folder: Path, encoder: str, metrics: dict[str, float | int]) 
     be written; it stays as it was.
     """
     path = folder / FILE_NAME
-    lock = Lock(folder / f".{FILE_NAME}.lock", wait=True)
     try:
-        summary = read_summary(path) if path.exists() else {}
-        summary[encoder] = rounded(metrics)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        publish(beside, path)
+        with locked(folder / f".{FILE_NAME}.lock"):
+            summary = read_summary(path) if path.exists() else {}
+            summary[encoder] = rounded(metrics)
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: could not write the metrics of {encoder} ({error.strerror})") from error
-    finally:
-        lock.release()
     return path
 
 
