@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, run_script
-from common.files import Lock
+from common.files import locked
 from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
@@ -170,13 +170,10 @@ def writing(folder: Path) -> Iterator[None]:
     """Hold the plain vectors of a space for one writer; `UserError` where another run has them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder / "writing.lock", wait=False, message=f"{folder}: another index_library.py writes there")
     except OSError as error:
         raise UserError(f"{folder}: expected a folder to write to, found: {error.strerror}") from error
-    try:
+    with locked(folder / "writing.lock", f"{folder}: another index_library.py writes there"):
         yield
-    finally:
-        lock.release()
 
 
 def take_over(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, log: Logger) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, run_script
-from common.files import Lock
+from common.files import locked
 from common.logs import start_log
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
@@ -86,15 +86,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = start_log("prepare_dataset", "prepare_dataset.log")
-        lock = Lock(
-            folder / f"embeddings.shard-{args.split_id}-of-{args.num_splits}.lock",
-            wait=False,
-            message=f"{folder}: another process is computing shard {args.split_id} of {args.num_splits}",
-        )
     except OSError as error:
         raise UserError(f"{error.filename}: expected to write there, found: {error.strerror}") from error
+    lock = folder / f"embeddings.shard-{args.split_id}-of-{args.num_splits}.lock"
+    busy = f"{folder}: another process is computing shard {args.split_id} of {args.num_splits}"
     try:
-        return prepare(args, folder, log)
+        with locked(lock, busy):
+            return prepare(args, folder, log)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -102,8 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         log.error("stopped: %s", error)
         raise
-    finally:
-        lock.release()
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from common.device import choose_device
 from common.errors import UserError
 from embedding_models.audio import MIN_SECONDS, AudioError, AudioFormat, stacked, track_windows
 from embedding_models.averaging import WindowMean
@@ -108,16 +109,3 @@ class AudioEmbeddingModel:
         if waiting:
             mean.add(self.embed_windows(stacked(waiting)).numpy())
         return mean.mean()
-
-
-def choose_device(device: str) -> torch.device:
-    """Return the device of a name; "auto" is CUDA where there is one. Raises `UserError` for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f'device: expected "auto", "cpu", "cuda" or "cuda:N", found {device!r}') from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f'device: {device!r} was asked for, but torch sees no CUDA device; use "cpu"')
-    return chosen

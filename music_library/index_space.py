@@ -1,13 +1,12 @@
 """How a checkpoint's audio space stands in an index: what becomes of plain vectors and of queries, and its identity."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.errors import UserError
-from common.files import publish
+from common.files import replacing
 from music_library.milvus_index import SERVER_MAX_DIM
 from music_library.narrow_index import NarrowForm, projection_identity, text_basis
 from text_to_audio.config import TrainingConfig
@@ -102,11 +101,6 @@ def _kept_basis(projection: ProjectionHead, identity: str, folder: Path | None) 
         return text_basis(projection)
     path = folder / f"narrow-{identity}.npy"
     if not path.is_file():
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(beside, "wb") as file:
-                np.save(file, text_basis(projection).numpy())
-            publish(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as beside, open(beside, "wb") as file:
+            np.save(file, text_basis(projection).numpy())
     return torch.from_numpy(np.load(path, mmap_mode="c"))

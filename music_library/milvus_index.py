@@ -1,9 +1,7 @@
 """Everything that speaks to Milvus: a local folder (Milvus Lite) or a server, one collection per audio space."""
 
-import fcntl
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from common.errors import UserError
+from common.files import lock_holder
 
 FIELD = "embedding"
 SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite does not
@@ -71,28 +70,6 @@ def is_local(uri: str) -> bool:
     return "://" not in uri
 
 
-def lock_holder(folder: Path) -> str | None:
-    """Who holds a Milvus Lite folder: None for nobody, else the process with its command where the system tells."""
-    path = folder / "LOCK"
-    if not path.exists():
-        return None
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            inode = os.fstat(file.fileno()).st_ino
-    try:
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5].split(":")[-1] == str(inode):
-                command = Path(f"/proc/{fields[4]}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                return f"process {fields[4]} ({command.strip()[:200]})"
-    except (OSError, IndexError):
-        pass
-    return "another process"
-
-
 def cut(text: str, size: int) -> str:
     """The text cut to at most `size` bytes of UTF-8, never inside a character."""
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
@@ -127,7 +104,7 @@ class VectorDatabase:
             if not create:
                 raise UserError(f"{folder}: no such library; expected one made by `python index_library.py MUSIC_DIR`")
             folder.parent.mkdir(parents=True, exist_ok=True)
-        if holder := lock_holder(folder):
+        if holder := lock_holder(folder / "LOCK"):
             raise UserError(
                 f"{folder}: held by {holder}; a Milvus Lite folder serves one process at a time: ask that one "
                 f"(its page and /api/search, where it is search.py --serve), or stop it"

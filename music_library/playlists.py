@@ -1,13 +1,12 @@
 """Found tracks as people and players take them: a table for the terminal, JSON, an extended M3U playlist."""
 
 import json
-import os
 import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import publish
+from common.files import replacing
 from music_library.searching import Hit
 
 _TITLE, _ARTIST = 32, 24  # columns of the table
@@ -71,12 +70,9 @@ def write_playlist(path: str | Path, answers: list[list[Hit]]) -> list[str]:
             continue
         name = " - ".join(filter(None, (hit.artist, hit.title)))
         lines += [f"#EXTINF:{round(hit.duration)},{one_line(name)}", hit.path]
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        publish(beside, path)
+        with replacing(path) as beside:
+            beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: expected to write the playlist there, found: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return refused

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import Lock, publish, require_space
+from common.files import locked, publish, replacing, require_space
 from preparing.work_file import DONE, REASONS, TODO, WorkFile, any_shards, check_settings, shard_path, tail_is_cut
 from store.reading import SPLITS, EmbeddingStore, Split, vector_block
 from store.writing import create_store, store_bytes, write_statistics
@@ -18,8 +18,7 @@ def finish(folder: Path, num_splits: int, say: Callable[[str], None]) -> Path | 
     settle its rows does the work, under a lock. Raises `UserError` where the disk is too full for the copy.
     """
     target = folder / "embeddings.h5"
-    lock = Lock(folder / "embeddings.merge.lock", wait=True)
-    try:
+    with locked(folder / "embeddings.merge.lock"):
         if target.exists():
             remove_shards(folder)  # a process killed between its rename and its clean-up leaves them
             return target
@@ -37,8 +36,6 @@ def finish(folder: Path, num_splits: int, say: Callable[[str], None]) -> Path | 
         finally:
             for shard in shards:
                 shard.close()
-    finally:
-        lock.release()
 
 
 def _finish_shards(shards: list[WorkFile], target: Path, say: Callable[[str], None]) -> Path | None:
@@ -73,8 +70,7 @@ def _copy(shards: list[WorkFile], target: Path) -> None:
         done = [shard.state(name) == DONE for shard in shards]
         splits[name], sources[name] = _interleave([shard.splits[name] for shard in shards], done)
     require_space(target.parent, store_bytes(header, splits), f"copying the finished rows to {target.name}")
-    beside = target.with_name(target.name + ".part")
-    try:
+    with replacing(target) as beside:
         blocks = create_store(beside, header, splits, _skipped(shards))
         for name in SPLITS:
             for encoder in header.encoders:
@@ -82,9 +78,6 @@ def _copy(shards: list[WorkFile], target: Path) -> None:
                 maps = [shard.blocks[block].map(shard.path) for shard in shards]
                 _copy_rows(maps, sources[name], blocks[block].map(beside, "r+"))
         write_statistics(beside, blocks, header.encoders)
-        publish(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _interleave(parts: list[Split], done: list[np.ndarray]) -> tuple[Split, list[tuple[int, int]]]:

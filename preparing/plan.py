@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from embedding_models.base import choose_device
+from common.device import choose_device
 from embedding_models.costs import matmul_tflops
 from embedding_models.registry import ENCODERS, model_flag
 from preparing.musicbench import PUBLISHED_ROWS, download_sizes

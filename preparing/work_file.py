@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import publish
+from common.files import publish, replacing
 from store.reading import SPLITS, Split, StoreHeader, read_blocks, read_header, read_split, vector_block
 from store.writing import create_store
 
@@ -69,17 +69,13 @@ class WorkFile:
 
         `settings` is what a later run must agree with; `skipped` names recordings known to be unusable.
         """
-        beside = path.with_name(path.name + ".part")
-        try:
+        with replacing(path) as beside:
             create_store(beside, header, splits, skipped)
             rows = sum(len(split.audio_id) for split in splits.values())
             text = json.dumps(settings).encode()
             footer = _FOOTER.pack(_MAGIC, beside.stat().st_size, len(text))
             with open(beside, "ab") as file:
                 file.write(bytes(rows) + text + footer)
-            publish(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
         return cls(path)
 
     def _read(self, offset: int, size: int) -> bytes:

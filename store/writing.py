@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
-from common.files import publish, require_space
+from common.files import replacing, require_space
 from store.reading import (
     FORMAT,
     SPLITS,
@@ -156,9 +156,7 @@ def write_store(
     `vectors` maps (split, encoder) to (N, D). Kept to what fits in memory or is mapped; rows are copied a few
     at a time.
     """
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as beside:
         blocks = create_store(beside, header, splits, skipped)
         for (split, encoder), rows in vectors.items():
             target = blocks[vector_block(split, encoder)].map(beside, "r+")
@@ -169,6 +167,3 @@ def write_store(
             if isinstance(target, np.memmap):
                 target.flush()
         write_statistics(beside, blocks, header.encoders)
-        publish(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

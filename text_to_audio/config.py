@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from common.device import choose_device
 from common.errors import UserError
 
 TEMPERATURE_RANGE = (0.01, 1.0)  # CLIP's bounds for a learnt one
@@ -133,9 +134,7 @@ class TrainingConfig:
     @property
     def torch_device(self) -> torch.device:
         """The device that `device` means on this machine."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return choose_device(self.device, must_be_there=False)
 
     @property
     def bf16(self) -> bool:
@@ -221,11 +220,9 @@ def _choice_faults(config: TrainingConfig) -> list[str]:
 
 def _device_faults(config: TrainingConfig) -> list[str]:
     try:
-        device = config.torch_device
-    except RuntimeError:
-        return [f"expected device to be auto, cpu, cuda or cuda:N, found {config.device!r}"]
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return [f"expected a CUDA device for device {config.device!r}, found {torch.cuda.device_count()}"]
+        choose_device(config.device)
+    except UserError as error:
+        return [str(error)]
     return []
 
 

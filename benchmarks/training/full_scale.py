@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 import train
 from benchmarks.training.step_cost import random_captions
 from common.errors import run_script
-from common.files import publish
+from common.files import replacing
 from embedding_models.registry import DEFAULTS, ENCODERS
 from examples.make_tiny_models import write_qwen3
 from store.reading import Split, StoreHeader, vector_block
@@ -43,14 +43,13 @@ def write_synthetic_store(path: Path, scale: float) -> None:
         sources = [f"{name}-source{row // COPIES}" for row in range(rows)]
         captions, rows_of = random_captions(rng, 2 * rows), np.repeat(np.arange(rows), 2)
         splits[name] = Split(ids, sources, captions, rows_of, ["main"] * 2 * rows)
-    beside = path.with_name(path.name + ".part")
-    blocks = create_store(beside, header, splits)
-    for name in splits:
-        for encoder in encoders:
-            for chunk in row_chunks(blocks[vector_block(name, encoder)].map(beside, "r+")):
-                chunk[:] = rng.standard_normal(chunk.shape, np.float32) + 3
-    write_statistics(beside, blocks, encoders)
-    publish(beside, path)
+    with replacing(path) as beside:
+        blocks = create_store(beside, header, splits)
+        for name in splits:
+            for encoder in encoders:
+                for chunk in row_chunks(blocks[vector_block(name, encoder)].map(beside, "r+")):
+                    chunk[:] = rng.standard_normal(chunk.shape, np.float32) + 3
+        write_statistics(beside, blocks, encoders)
 
 
 def memory() -> dict[str, float]:

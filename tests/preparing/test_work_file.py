@@ -1,15 +1,10 @@
-import fcntl
 import os
-import signal
-import subprocess
-import sys
 
 import h5py
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.files import Lock
 from helpers.stores import make_header, make_splits, make_vectors
 from preparing.merging import finish
 from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile, check_settings, shard_path, tail_is_cut
@@ -151,40 +146,6 @@ def test_a_work_file_cut_in_half_is_one_line(tmp_path, store_parts):
     os.truncate(path, os.path.getsize(path) // 2)
     with pytest.raises(UserError, match="truncated"):
         WorkFile(path)
-
-
-def test_lock_is_exclusive_and_ends_with_its_process(tmp_path):
-    path = tmp_path / "shard.lock"
-    code = (
-        "import sys, time; from pathlib import Path; from common.files import Lock;"
-        "lock = Lock(Path(sys.argv[1]), wait=False); print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="busy"):
-        Lock(path, wait=False, message="busy")
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    lock = Lock(path, wait=False, message="busy")
-    lock.release()
-    assert not path.exists()
-
-
-def test_a_lock_on_a_removed_file_is_taken_again(tmp_path, monkeypatch):
-    path, taken = tmp_path / "merge.lock", []
-    flock = fcntl.flock
-
-    def slow_flock(file, operation):
-        flock(file, operation)
-        if not taken:
-            path.unlink()  # as the former holder does just before this process gets its turn
-        taken.append(file)
-
-    monkeypatch.setattr(fcntl, "flock", slow_flock)
-    lock = Lock(path, wait=True)
-    assert len(taken) == 2
-    assert path.exists()
-    lock.release()
 
 
 def test_vectors_are_written_before_their_state(tmp_path, store_parts, monkeypatch):

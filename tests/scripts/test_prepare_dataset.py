@@ -11,7 +11,7 @@ import pytest
 
 import prepare_dataset
 from common.errors import UserError
-from common.files import Lock
+from common.files import locked
 from embedding_models import MuQEmbeddingModel
 from helpers.small_musicbench import SmallMusicBench, clip, row, wav_bytes
 from preparing.work_file import DONE, WorkFile
@@ -256,10 +256,11 @@ def test_verify_tells_good_from_bad(prepare, tmp_path, capsys):
 def test_a_shard_that_is_being_computed_is_refused(prepare, tmp_path):
     data = SmallMusicBench(4).write(tmp_path / "data")
     Path("out").mkdir()
-    lock = Lock(Path("out/embeddings.shard-0-of-1.lock"), wait=False)
-    with pytest.raises(UserError, match="another process is computing shard 0 of 1"):
+    with (
+        locked(Path("out/embeddings.shard-0-of-1.lock")),
+        pytest.raises(UserError, match="another process is computing shard 0 of 1"),
+    ):
         prepare(data)
-    lock.release()
     prepare(data)
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from common.errors import UserError, run_script
-from common.files import publish
+from common.files import replacing
 from common.templates import templates_beside
 from store.reading import EmbeddingStore, StoreHeader
 from text_to_audio.config import TrainingConfig
@@ -36,10 +36,9 @@ def write_report(
     """
     path = checkpoint.parent / f"{config.audio_encoder}_report.html"
     page = _page(checkpoint.name, config, header, epoch, evaluator, metrics, split)
-    beside = path.with_name(path.name + ".part")
     try:
-        beside.write_text(page, encoding="utf-8")
-        publish(beside, path)
+        with replacing(path) as beside:
+            beside.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: could not write the report ({error.strerror})") from error
     return path

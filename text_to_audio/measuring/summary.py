@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, run_script
-from common.files import Lock, publish
+from common.files import locked, replacing
 from text_to_audio.measuring.metrics import chance_level, rounded
 
 FILE_NAME = "training_summary.json"
@@ -21,17 +21,14 @@ def update_summary(folder: Path, encoder: str, metrics: dict[str, Any]) -> Path:
     be written; it stays as it was.
     """
     path = folder / FILE_NAME
-    lock = Lock(folder / f".{FILE_NAME}.lock", wait=True)
     try:
-        summary = read_summary(path) if path.exists() else {}
-        summary[encoder] = rounded(metrics)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        publish(beside, path)
+        with locked(folder / f".{FILE_NAME}.lock"):
+            summary = read_summary(path) if path.exists() else {}
+            summary[encoder] = rounded(metrics)
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: could not write the metrics of {encoder} ({error.strerror})") from error
-    finally:
-        lock.release()
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import publish
+from common.files import replacing
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
@@ -49,20 +49,12 @@ def save_checkpoint(path: Path, contents: dict, previous: Path | None = None) ->
     The file that was there is kept as `previous` where that is given. A kill between the two renames leaves
     `previous` alone.
     """
-    beside = path.with_name(path.name + ".part")
     try:
-        with open(beside, "wb") as file:
+        with replacing(path, previous) as beside, open(beside, "wb") as file:
             torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())  # a disk that fills up shows here at the latest, while both files stand
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        publish(beside, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         kept = "; the one before it is still there" if path.exists() else ""
         raise UserError(f"{path}: could not write the checkpoint ({_reason(error)}){kept}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:
