@@ -13,6 +13,7 @@ from common.errors import UserError, run_script
 from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
+from embedding_models.precision import PRECISIONS
 from embedding_models.track_workers import EncoderSpec, embed_tracks
 from music_library.index_space import IndexSpace, read_head
 from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(f"--{flag}-model", help=f"hub id or folder of {name} (the one the checkpoint names)")
     add("--muq-backbone", help="hub id or folder with the config.json of MuQ-MuLan's MuQ (the one it names)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="precision of the encoder (%(default)s)")
+    add("--dtype", choices=PRECISIONS, default="float32", help="precision of the encoder on CUDA (%(default)s)")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--encoder-processes", type=int, default=1, help="processes that decode and encode (%(default)s)")
     return parser

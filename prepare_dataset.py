@@ -5,6 +5,8 @@ import errno
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from logging import Logger
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from embedding_models.base import AudioEmbeddingModel, choose_device
 from embedding_models.costs import PUBLISHED, matmul_tflops
 from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
+from embedding_models.precision import PRECISIONS
 from preparing.merging import finish
 from preparing.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
 from preparing.recordings import Dataset
@@ -38,7 +41,10 @@ EXAMPLES = """examples:
   python prepare_dataset.py --verify data/musicbench_embeddings/embeddings.h5
 
 The same command goes on where it was stopped."""
-DTYPE_HELP = "type of the vectors; float16: MERT and Music2Latent in half precision on CUDA (%(default)s)"
+DTYPE_HELP = (
+    "float32; tf32: float32 vectors, products rounded to TF32 on CUDA; float16: float16 vectors, on CUDA MERT and "
+    "Music2Latent in half precision and MuQ in TF32 (%(default)s)"
+)
 DATASET_HELP = (
     "a folder with MusicBench's files, or a table (JSON Lines, CSV, Parquet) of your own recordings; "
     "without it MusicBench is downloaded"
@@ -53,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output-dir", default="data/musicbench_embeddings", help="folder of embeddings.h5 (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("float32", "float16"), default="float32", help=DTYPE_HELP)
+    add("--dtype", choices=PRECISIONS, default="float32", help=DTYPE_HELP)
     add("--dataset", help=DATASET_HELP)
     add("--revision", help="MusicBench's revision on the hub (a pinned one)")
     add("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS), help="which encoders (all three)")
@@ -164,7 +170,7 @@ def print_plan(args: argparse.Namespace) -> None:
         print(
             f"download    {name}: {'size unknown, the hub did not answer' if size is None else f'{size / 1e9:.2f} GB'}"
         )
-    itemsize = np.dtype(args.dtype).itemsize
+    itemsize = np.dtype(stored_type(args.dtype)).itemsize
     store = recordings * itemsize * sum(PUBLISHED[name].dim for name in args.encoders)
     print(f"disk        store {store / 1e9:.1f} GB in {args.output_dir} at published widths; as much again while")
     print("            shards are merged, or where recordings were skipped and the rest is copied")
@@ -202,7 +208,11 @@ def load_encoders(args: argparse.Namespace) -> list[AudioEmbeddingModel]:
 
 
 def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argparse.Namespace) -> StoreHeader:
-    """Return the header of the store that this run makes."""
+    """Return the header of the store that this run makes.
+
+    TF32 is named in the encoders' entries: its vectors are stored as float32 and are not those of float32.
+    """
+    rounding = {"precision": "tf32"} if args.dtype == "tf32" else {}
     entries = {
         encoder.name: {
             "id": encoder.model,
@@ -210,10 +220,16 @@ def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argpar
             "dim": encoder.dim,
             "sample_rate": encoder.sample_rate,
             "recipe": RECIPE,
+            **rounding,
         }
         for encoder in encoders
     }
-    return StoreHeader(dataset.name, dataset.revision, args.seed, args.dtype, entries)
+    return StoreHeader(dataset.name, dataset.revision, args.seed, stored_type(args.dtype), entries)
+
+
+def stored_type(precision: str) -> str:
+    """The type on disk of vectors computed in a precision."""
+    return "float16" if precision == "float16" else "float32"
 
 
 def report_dataset(dataset: Dataset, log: Logger) -> None:
@@ -250,7 +266,9 @@ def embed(
         tqdm(total=size, unit="B", unit_scale=True, desc="reading", position=1, leave=False) as reading,
     ):
         clips = dataset.clips.read(set(rows), lambda position: reading.update(position - reading.n))
-        for finished in embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds):
+
+        def write(finished: Finished) -> None:
+            nonlocal next_line
             started = time.perf_counter()
             settle(work, rows, finished, log)
             seconds.write += time.perf_counter() - started
@@ -258,7 +276,22 @@ def embed(
             if time.perf_counter() >= next_line:
                 log.debug("%s", bar)  # into the file alone, for `tail -f prepare_dataset.log`
                 next_line = time.perf_counter() + LINE_EVERY
+
+        batches = embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds)
+        write_meanwhile(batches, write)
     mark_missing(work, rows, dataset, log)
+
+
+def write_meanwhile(batches: Iterator[Finished], write: Callable[[Finished], None]) -> None:
+    """Write each batch in a thread of its own while the next is computed; a failure to write is raised here."""
+    with ThreadPoolExecutor(1, "writer") as writer:
+        writing: Future | None = None
+        for finished in batches:
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, finished)
+        if writing is not None:
+            writing.result()
 
 
 def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished, log: Logger) -> None:

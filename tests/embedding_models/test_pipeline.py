@@ -19,15 +19,32 @@ class LevelEncoder(AudioEmbeddingModel):
 
     name, channels, sample_rate, frame_dim = "muq", 1, RATE, 1
 
-    def __init__(self, limit=float("inf")):
+    def __init__(self, limit=float("inf"), runs_ahead=False):
         super().__init__("level", None, "cpu", "float32")
-        self.limit, self.batches = limit, []
+        self.limit, self.ahead, self.batches, self.taken = limit, runs_ahead, [], []
 
-    def embed_windows(self, waveforms):
+    @property
+    def runs_ahead(self):
+        return self.ahead
+
+    def begin(self, waveforms):
         self.batches.append(tuple(waveforms.shape))
-        if waveforms.max() > self.limit:
+        return Level(self, waveforms)
+
+
+class Level:
+    """What `LevelEncoder` began; a fault is found when the vectors are taken, as on CUDA."""
+
+    seconds = 0.001
+
+    def __init__(self, encoder, waveforms):
+        self.encoder, self.waveforms = encoder, waveforms
+
+    def vectors(self):
+        self.encoder.taken.append(len(self.encoder.batches))
+        if self.waveforms.max() > self.encoder.limit:
             raise AudioError("not finite", "too loud for this encoder")
-        return torch.stack([waveforms.mean(1), waveforms.square().mean(1)], 1)
+        return torch.stack([self.waveforms.mean(1), self.waveforms.square().mean(1)], 1)
 
 
 def wav(samples, rate=RATE):
