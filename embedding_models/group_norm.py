@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from embedding_models import group_norm_kernels as kernels
-from embedding_models.precision import float32_products
+from embedding_models.triton_kernels import serve
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,16 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(channels // 4, 32), channels)
 
     def normalise(
-        self,
-        x: torch.Tensor,
-        moments: Moments,
-        silu: bool,
-        bias: torch.Tensor | None = None,
-        in_place: bool = False,
-        split: bool = False,
+        self, x: torch.Tensor, moments: Moments, silu: bool, bias: torch.Tensor | None = None, in_place: bool = False
     ) -> torch.Tensor:
-        """Normalise x + bias, where `moments` are those of x and `bias`, (channels,), has not been added yet.
-
-        With `split` the result has three times the channels, for `split_conv2d`. With `in_place` x may be lost.
-        """
+        """Normalise x + bias, where `moments` are those of x and `bias`, (channels,), has not been added yet."""
         scale, shift = self._scale_and_shift(moments, bias)
-        if not kernels.serve(x):
-            out = torch.addcmul(_along_channels(shift, x), x, _along_channels(scale, x), out=x if in_place else None)
-            out = functional.silu(out, inplace=True) if silu else out
-            return torch.cat([high := _high(out), out - high, high], dim=1) if split else out
-        out = x
-        if split:
-            shape = (len(x), 3 * x.shape[1], *x.shape[2:])
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        elif not in_place:
-            out = torch.empty_like(x)
-        kernels.scale_and_shift(x, scale, shift, silu, out)
-        return out
+        out = x if in_place else torch.empty_like(x)
+        if serve(x):
+            kernels.scale_and_shift(x, scale, shift, silu, out)
+            return out
+        torch.addcmul(_along_channels(shift, x), x, _along_channels(scale, x), out=out)
+        return functional.silu(out, inplace=True) if silu else out
 
     def _scale_and_shift(self, moments: Moments, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, channels) each, float32: the norm of x + bias is x * scale + shift."""
@@ -90,7 +75,7 @@ class GroupNorm(nn.GroupNorm):
 
 def moments(x: torch.Tensor) -> Moments:
     """The statistics of an activation."""
-    if kernels.serve(x):
+    if serve(x):
         return Moments(*kernels.moments(x))
     rows = x.permute(0, 2, 3, 1).float()  # (batch, time, frequency, channels)
     near = rows[:, 0].mean(dim=1)  # a value near the mean: sums of squares lose no digits where the mean is large
@@ -109,7 +94,7 @@ def add_to(
 
     bias: (channels,). shortcut: an activation like x. gain: (frequency,).
     """
-    if kernels.serve(x):
+    if serve(x):
         return Moments(*kernels.add_to(x, bias, shortcut, gain))
     x += bias[:, None, None]
     if gain is not None:
@@ -117,25 +102,6 @@ def add_to(
     if shortcut is not None:
         x += shortcut
     return moments(x)
-
-
-def split_conv2d(
-    x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
-) -> torch.Tensor:
-    """A convolution with float32's accuracy on TF32's units: of (high + low)(high + low) all but low times low.
-
-    x: what `normalise` gave with `split`, high | low | high side by side as channels, so that one convolution sums the
-    three products in float32. A high part has the 10 bits of mantissa that TF32 keeps, the low part has the rest, of
-    which TF32 keeps 11 bits: together 22 of float32's 24. The scheme is that of NVIDIA's CUTLASS, "3xTF32".
-    """
-    high = _high(weight)
-    with float32_products(x.device, tf32=True):
-        return functional.conv2d(x, torch.cat([high, high, weight - high], dim=1), None, stride, padding)
-
-
-def _high(x: torch.Tensor) -> torch.Tensor:
-    """x without the last 13 bits of its mantissa: what TF32 holds exactly."""
-    return (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 
 def _along_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -12,15 +12,14 @@ from common.errors import UserError
 from common.hub import fetch_model_folder
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
-from embedding_models.group_norm import GroupNorm, Moments, add_to, moments, split_conv2d
-from embedding_models.precision import split_pays
+from embedding_models.group_norm import GroupNorm, Moments, add_to, moments
 from embedding_models.weights import load_tensors, read_json, read_tensors
 
 _WEIGHTS = "music2latent.pt"
 # Signals in one pass on a CPU, where more are no faster, and at most on CUDA, where the coarse resolutions of few
 # signals do not fill the device.
-_SIGNALS_ON_CPU, _MOST_SIGNALS = 2, 32
-_ACTIVATIONS_HELD = 6  # at the finest resolution, while its blocks run
+_SIGNALS_ON_CPU, _MOST_SIGNALS = 2, 64
+_ACTIVATIONS_HELD = 4  # at the finest resolution, while its blocks run
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,11 @@ class _TimeMajorConv(nn.Conv2d):
     """A convolution of (batch, channels, time, frequency) whose weights are stored as published: frequency, time.
 
     Its bias is left to whoever adds something to its output or normalises it. Kernel, stride and padding are given
-    as published too. Input of three times its channels is taken to be split (`group_norm.split_conv2d`).
+    as published too.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, stride, padding = self.weight.transpose(2, 3), self.stride[::-1], self.padding[::-1]
-        if x.shape[1] == 3 * self.in_channels:
-            return split_conv2d(x, weight, stride, padding)
-        return functional.conv2d(x, weight, None, stride, padding)
+        return functional.conv2d(x, self.weight.transpose(2, 3), None, self.stride[::-1], self.padding[::-1])
 
 
 class _FrequencyGain(nn.Module):
@@ -110,10 +106,10 @@ class _ResidualBlock(nn.Module):
         self.res_conv = None if inputs == outputs else _TimeMajorConv(inputs, outputs, 1)
         self.att = None if heads is None else _FrequencyAttention(outputs, heads)
 
-    def forward(self, x: torch.Tensor, of_x: Moments, split: bool) -> tuple[torch.Tensor, Moments]:
-        inner = self.conv1(self.norm1.normalise(x, of_x, silu=True, split=split))
+    def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
+        inner = self.conv1(self.norm1.normalise(x, of_x, silu=True))
         of_inner = moments(inner)
-        inner = self.norm2.normalise(inner, of_inner, silu=True, bias=self.conv1.bias, in_place=True, split=split)
+        inner = self.norm2.normalise(inner, of_inner, silu=True, bias=self.conv1.bias, in_place=True)
         inner, bias = self.conv2(inner), self.conv2.bias
         if self.res_conv is not None:
             x, bias = self.res_conv(x), bias + self.res_conv.bias
@@ -132,8 +128,8 @@ class _Downsampling(nn.Module):
         else:
             self.c = _TimeMajorConv(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: torch.Tensor, of_x: Moments, split: bool) -> tuple[torch.Tensor, Moments]:
-        x = self.c(self.norm.normalise(x, of_x, silu=False, in_place=True, split=split))
+    def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
+        x = self.c(self.norm.normalise(x, of_x, silu=False, in_place=True))
         return x, add_to(x, self.c.bias)
 
 
@@ -186,12 +182,12 @@ class LatentEncoder(nn.Module):
         self.norm_out = _plain_norm(inner)
         self.conv_out = nn.Conv1d(inner, config.bottleneck_channels, 1)
 
-    def forward(self, spectra: torch.Tensor, split: bool = False) -> torch.Tensor:
-        """Encode spectra; see the class for shapes. `split`: large convolutions in float32 by `split_conv2d`."""
+    def forward(self, spectra: torch.Tensor) -> torch.Tensor:
+        """Encode spectra; see the class for shapes."""
         x = self.conv_inp(spectra.transpose(2, 3).contiguous(memory_format=torch.channels_last))
         of_x = add_to(x, self.conv_inp.bias, gain=self.gain.scale.flatten())
         for layer in self.down_layers:
-            x, of_x = layer(x, of_x, split)
+            x, of_x = layer(x, of_x)
         x = self.prenorm_1d_to_2d.normalise(x, of_x, silu=False)
         first, *blocks = self.bottleneck_layers
         # The published weights take channels x frequencies of a time step; here they lie as frequencies x channels.
@@ -242,8 +238,7 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
         encoder = self._in_precision(self._encoder)
         dtype = encoder.conv_out.weight.dtype
         parts = signals.split(self._signals_at_once(samples, dtype))
-        split = self.precision == "float32" and split_pays(self.device)
-        latents = torch.cat([encoder(self._spectra(part).to(dtype), split) for part in parts]).float()
+        latents = torch.cat([encoder(self._spectra(part).to(dtype)) for part in parts]).float()
         left, right = (latents / self._config.sigma_rescale).unflatten(0, (batch, channels)).unbind(1)
         return torch.cat([left, right, torch.sqrt(left**2 + right**2)], dim=1).transpose(1, 2)
 

@@ -27,15 +27,6 @@ def precision_on(device: torch.device, precision: str, half_precision: bool) -> 
     return "tf32" if precision == "float16" and not half_precision else precision
 
 
-def split_pays(device: torch.device) -> bool:
-    """Whether three TF32 products take less time than one of float32: on A100, H100, B200 and their like.
-
-    There TF32 has seven to eight times the rate of float32 (a dense convolution on an H100: 205 to 390 TFLOP/s against
-    30 to 42); on cards for graphics both have the same.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
-
-
 @contextmanager
 def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
     """Within it, float32 convolutions and matrix products on `device` use TF32 or do not.
