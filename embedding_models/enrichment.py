@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from embedding_models.selection_kernel import MOST_ROWS, neighbours
-from embedding_models.triton_kernels import serve
+from embedding_models.kernels import serve
+from embedding_models.kernels.selection import MOST_ROWS, neighbours
 
 RECIPE = "mean|iqr/1.3489795|mean-abs-diff;windows=10s;v1"
 

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.hub import fetch_model_folder
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
-from embedding_models.group_norm import GroupNorm, Moments, add_to, moments
+from embedding_models.kernels.group_norm import GroupNorm, Moments, add_to, moments
 from embedding_models.weights import load_tensors, read_json, read_tensors
 
 _WEIGHTS = "music2latent.pt"
@@ -204,8 +204,9 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
     The two channels are encoded apart; a frame is left | right | magnitude sqrt(left^2 + right^2), 64 each.
     `model` is a hub id or a folder with `music2latent.pt` in the published form (a dictionary whose
     `gen_state_dict` has the encoder under `encoder.`; the decoder is not read). A `config.json` beside it may
-    give fields of `LatentConfig`; without one the published widths are meant. Everything runs in float32 unless
-    `precision="float16"` on CUDA. Raises `UserError` for files that are not such a checkpoint.
+    give fields of `LatentConfig`; without one the published widths are meant. With
+    `precision="float16"` all but the spectra runs in half precision on CUDA. Raises `UserError` for files that are
+    not such a checkpoint.
     """
 
     name = "latent"

@@ -2,7 +2,7 @@
 
 import torch
 
-from embedding_models.triton_kernels import device_of, triton
+from embedding_models.kernels import device_of, triton
 
 MOST_ROWS = 1024  # a column of more would not stay in registers
 _COLUMNS = 8  # that one program searches: few enough for several programs on a multiprocessor

@@ -2,7 +2,7 @@
 
 torch's group norm of a channels_last tensor copies it on CUDA, and on a CPU is off by 1e-4 of the largest value where a
 group has millions of values. Here the statistics of each channel are taken while whatever is added to a convolution's
-output is added, and one more pass scales, shifts and activates. On CUDA both are kernels of `group_norm_kernels`,
+output is added, and one more pass scales, shifts and activates. On CUDA both are kernels of `group_norm_passes`,
 elsewhere the same arithmetic in torch's operations.
 
 Activations are (batch, channels, time, frequency), stored channels last, float32 or float16.
@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from embedding_models import group_norm_kernels as kernels
-from embedding_models.triton_kernels import serve
+from embedding_models.kernels import group_norm_passes, serve
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class GroupNorm(nn.GroupNorm):
         scale, shift = self._scale_and_shift(moments, bias)
         out = x if in_place else torch.empty_like(x)
         if serve(x):
-            kernels.scale_and_shift(x, scale, shift, silu, out)
+            group_norm_passes.scale_and_shift(x, scale, shift, silu, out)
             return out
         torch.addcmul(_along_channels(shift, x), x, _along_channels(scale, x), out=out)
         return functional.silu(out, inplace=True) if silu else out
@@ -76,7 +75,7 @@ class GroupNorm(nn.GroupNorm):
 def moments(x: torch.Tensor) -> Moments:
     """The statistics of an activation."""
     if serve(x):
-        return Moments(*kernels.moments(x))
+        return Moments(*group_norm_passes.moments(x))
     rows = x.permute(0, 2, 3, 1).float()  # (batch, time, frequency, channels)
     near = rows[:, 0].mean(dim=1)  # a value near the mean: sums of squares lose no digits where the mean is large
     rows = rows - near[:, None, None]
@@ -95,7 +94,7 @@ def add_to(
     bias: (channels,). shortcut: an activation like x. gain: (frequency,).
     """
     if serve(x):
-        return Moments(*kernels.add_to(x, bias, shortcut, gain))
+        return Moments(*group_norm_passes.add_to(x, bias, shortcut, gain))
     x += bias[:, None, None]
     if gain is not None:
         x *= gain

@@ -2,7 +2,7 @@
 
 import torch
 
-from embedding_models.triton_kernels import device_of, triton
+from embedding_models.kernels import device_of, triton
 
 # Values of a tile, rows of all channels, held in registers. Measured on an H100 at 0.9 G values of float16: 1.2 ms to
 # take moments by tiles of 8,192, 0.8 ms by 16,384; to add a shortcut as well 2.2 ms by 8,192, 2.5 ms by 16,384.
