@@ -14,6 +14,7 @@ from common.files import locked
 from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
+from embedding_models.precision import PRECISIONS
 from embedding_models.registry import EncoderSpec, add_encoder_flags, find_encoder, model_flag, spec_from_flags
 from embedding_models.track_workers import embed_tracks
 from music_library.flags import add_library_flags
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--search-params", type=_json, metavar="JSON", help="such as '{\"nprobe\": 64}'; used when an index is made")
     add("--narrow", action="store_true", help="the narrow form for any width (it is used above 32,768 dimensions)")
     add_encoder_flags(parser, "the one the checkpoint names")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="precision of the encoder (%(default)s)")
+    add("--dtype", choices=PRECISIONS, default="float32", help="precision of the encoder on CUDA (%(default)s)")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--encoder-processes", type=int, default=1, help="processes that decode and encode (%(default)s)")
     return parser

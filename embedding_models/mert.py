@@ -73,7 +73,8 @@ class MertModel(AudioEmbeddingModel):
         if self._normalise:
             variance, mean = torch.var_mean(waveforms, dim=1, correction=0, keepdim=True)
             waveforms = (waveforms - mean) / torch.sqrt(variance + 1e-7)
-        output = self._hubert(waveforms, output_hidden_states=True)
+        hubert = self._in_precision(self._hubert)
+        output = hubert(waveforms.to(hubert.dtype), output_hidden_states=True)
         # transformers 5 takes the last of `hidden_states` before the final layer norm, 4 took it after.
         return torch.cat([*output.hidden_states[:-1], output.last_hidden_state], dim=2)
 

@@ -128,8 +128,8 @@ class MuQEmbeddingModel(AudioEmbeddingModel):
 
     `model` is a MuQ-MuLan checkpoint, `backbone` the MuQ checkpoint that it names in its config: of that one
     only `config.json` is read. Hub ids or folders. The weights come from `model` alone, the text tower is
-    never read. Always float32: half precision gives NaN. Raises `UserError` for files that are no such
-    checkpoint.
+    never read. Half precision gives NaN, so `precision="float16"` is TF32 on CUDA. Raises `UserError` for files
+    that are no such checkpoint.
     """
 
     name = "muq"

@@ -1,5 +1,6 @@
 """prepare_dataset.py as a user runs it, on tiny encoders in the published formats."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -93,6 +94,27 @@ def test_extracted_folder_and_float16_and_limit(prepare, tmp_path):
     store = EmbeddingStore("out/embeddings.h5")
     assert store.header.dtype == "float16"
     assert [len(store.split(name).audio_id) for name in SPLITS] == [2, 2, 2]
+
+
+def test_tf32_is_stored_as_float32_and_is_not_float32(prepare, tmp_path):
+    data = SmallMusicBench(4).write(tmp_path / "data")
+    prepare(data, "--dtype", "tf32")
+    store = EmbeddingStore("out/embeddings.h5")
+    assert store.header.dtype == "float32"
+    assert {entry["precision"] for entry in store.encoders.values()} == {"tf32"}
+    with pytest.raises(UserError, match="made with encoders"):
+        prepare(data)
+    prepare(data, "--overwrite")
+    assert not any("precision" in entry for entry in EmbeddingStore("out/embeddings.h5").encoders.values())
+
+
+def test_a_failure_to_write_is_one_line(prepare, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(WorkFile, "commit", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        prepare(SmallMusicBench(4).write(tmp_path / "data"))
 
 
 def test_own_recordings(prepare, tmp_path):
