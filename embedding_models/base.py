@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class AudioEmbeddingModel:
         self.revision = revision
         self.device = choose_device(device)
         self.precision = precision_on(self.device, precision, self.half_precision)
-        self._halves: dict[nn.Module, nn.Module] = {}
+        self._halves: dict[int, nn.Module] = {}  # by the id of the network in float32
 
     @property
     def format(self) -> AudioFormat:
@@ -69,9 +69,9 @@ class AudioEmbeddingModel:
         """A network with the weights of `precision`: itself, or its copy in half precision, made once."""
         if self.precision != "float16":
             return network
-        if network not in self._halves:
-            self._halves[network] = copy.deepcopy(network).half()
-        return self._halves[network]
+        if id(network) not in self._halves:
+            self._halves[id(network)] = copy.deepcopy(network).half()
+        return cast(Network, self._halves[id(network)])
 
     def _frames(self, waveforms: torch.Tensor) -> torch.Tensor:
         expected = "(batch, samples)" if self.channels == 1 else "(batch, 2, samples)"
@@ -145,19 +145,11 @@ class Embedding:
 
     def __init__(self, encoder: AudioEmbeddingModel, waveforms: torch.Tensor):
         self._encoder, self._waveforms = encoder, waveforms
-        self._started = self._now()
+        self._started = _now(encoder.device)
         vectors = encoder._vectors(waveforms)
         self._vectors = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=encoder.device.type == "cuda")
         self._vectors.copy_(vectors, non_blocking=True)
-        self._ended = self._now()
-
-    def _now(self) -> "torch.cuda.Event | float":
-        """The present moment of the device: a CUDA event in its queue, or the time."""
-        if self._encoder.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._encoder.device))
-        return event
+        self._ended = _now(encoder.device)
 
     def vectors(self) -> torch.Tensor:
         """Wait for the vectors, (batch, dim) float32 on the CPU; see `AudioEmbeddingModel.embed_windows`."""
@@ -177,6 +169,16 @@ class Embedding:
     @property
     def seconds(self) -> float:
         """Seconds the device took; known once the vectors are there."""
-        if isinstance(self._ended, torch.cuda.Event):
-            return self._started.elapsed_time(self._ended) / 1000
-        return self._ended - self._started
+        started, ended = self._started, self._ended
+        if isinstance(started, float) or isinstance(ended, float):
+            return cast(float, ended) - cast(float, started)
+        return started.elapsed_time(ended) / 1000
+
+
+def _now(device: torch.device) -> "torch.cuda.Event | float":
+    """The present moment of a device: a CUDA event in its queue, or the time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

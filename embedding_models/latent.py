@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,6 +71,12 @@ class _TimeMajorConv(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.conv2d(x, self.weight.transpose(2, 3), None, self.stride[::-1], self.padding[::-1])
 
+    @property
+    def bias_of_outputs(self) -> torch.Tensor:
+        """The bias that `forward` leaves out, (outputs,)."""
+        assert self.bias is not None
+        return self.bias
+
 
 class _FrequencyGain(nn.Module):
     def __init__(self, frequencies: int):
@@ -110,10 +117,10 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
         inner = self.conv1(self.norm1.normalise(x, of_x, silu=True))
         of_inner = moments(inner)
-        inner = self.norm2.normalise(inner, of_inner, silu=True, bias=self.conv1.bias, in_place=True)
-        inner, bias = self.conv2(inner), self.conv2.bias
+        inner = self.norm2.normalise(inner, of_inner, silu=True, bias=self.conv1.bias_of_outputs, in_place=True)
+        inner, bias = self.conv2(inner), self.conv2.bias_of_outputs
         if self.res_conv is not None:
-            x, bias = self.res_conv(x), bias + self.res_conv.bias
+            x, bias = self.res_conv(x), bias + self.res_conv.bias_of_outputs
         of_inner = add_to(inner, bias, shortcut=x)
         return (inner, of_inner) if self.att is None else self.att(inner, of_inner)
 
@@ -131,7 +138,7 @@ class _Downsampling(nn.Module):
 
     def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
         x = self.c(self.norm.normalise(x, of_x, silu=False, in_place=True))
-        return x, add_to(x, self.c.bias)
+        return x, add_to(x, self.c.bias_of_outputs)
 
 
 class _BottleneckBlock(nn.Module):
@@ -178,23 +185,24 @@ class LatentEncoder(nn.Module):
         self.down_layers = nn.ModuleList(down)
         self.prenorm_1d_to_2d = GroupNorm(width)
         inner = config.bottleneck_base_channels
-        blocks = [_BottleneckBlock(inner) for _ in range(config.num_bottleneck_layers)]
-        self.bottleneck_layers = nn.ModuleList([nn.Conv1d(width * config.frequencies, inner, 1), *blocks])
+        to_inner = nn.Conv1d(width * config.frequencies, inner, 1)
+        bottleneck = [_BottleneckBlock(inner) for _ in range(config.num_bottleneck_layers)]
+        self.bottleneck_layers = nn.ModuleList([to_inner, *bottleneck])
         self.norm_out = _plain_norm(inner)
         self.conv_out = nn.Conv1d(inner, config.bottleneck_channels, 1)
 
     def forward(self, spectra: torch.Tensor) -> torch.Tensor:
         """Encode spectra; see the class for shapes."""
         x = self.conv_inp(spectra.transpose(2, 3).contiguous(memory_format=torch.channels_last))
-        of_x = add_to(x, self.conv_inp.bias, gain=self.gain.scale.flatten())
+        of_x = add_to(x, self.conv_inp.bias_of_outputs, gain=self.gain.scale.flatten())
         for layer in self.down_layers:
             x, of_x = layer(x, of_x)
         x = self.prenorm_1d_to_2d.normalise(x, of_x, silu=False)
-        first, *blocks = self.bottleneck_layers
+        to_inner = cast(nn.Conv1d, self.bottleneck_layers[0])
         # The published weights take channels x frequencies of a time step; here they lie as frequencies x channels.
-        weight = first.weight.view(-1, x.shape[1], x.shape[3]).transpose(1, 2).flatten(1)
-        x = functional.linear(x.permute(0, 2, 3, 1).flatten(2), weight, first.bias).transpose(1, 2).contiguous()
-        for block in blocks:
+        weight = to_inner.weight.view(-1, x.shape[1], x.shape[3]).transpose(1, 2).flatten(1)
+        x = functional.linear(x.permute(0, 2, 3, 1).flatten(2), weight, to_inner.bias).transpose(1, 2).contiguous()
+        for block in list(self.bottleneck_layers)[1:]:
             x = block(x)
         return self.conv_out(functional.silu(self.norm_out(x))).tanh()
 
@@ -276,7 +284,8 @@ def _read_config(path: Path) -> LatentConfig:
         return LatentConfig()
     names = {field.name for field in fields(LatentConfig)}
     given = {name: value for name, value in read_json(path).items() if name in names}
-    config = LatentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    config = LatentConfig(**values)
     levels = len(config.multipliers_list)
     lengths = [len(config.layers_list_encoder), len(config.attention_list_encoder)]
     if lengths != [levels, levels] or len(config.freq_downsample_list) != levels - 1:

@@ -86,8 +86,8 @@ def _hubert_config(config: dict, path: os.PathLike) -> HubertConfig:
         if config.get(field):
             raise UserError(f"{path}: {field}: expected false, found {config[field]!r}")
     try:
-        fields = {name: config[name] for name in _HUBERT_FIELDS if name in config}
-        return HubertConfig(attn_implementation="sdpa", **fields)
+        fields = {name: config[name] for name in _HUBERT_FIELDS if name in config} | {"attn_implementation": "sdpa"}
+        return HubertConfig(**fields)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not the config of a MERT model: {' '.join(str(error).split())}") from error
 

@@ -8,10 +8,11 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class _Decoders:
         if self._error is not None:
             raise self._error
 
-    def _wait(self, attempt) -> object:
+    def _wait(self, attempt: Callable[..., Any]) -> Any:
         """Repeat a queue's put or get until it succeeds or the consumer has left."""
         while not self._stop.is_set():
             try:
@@ -263,7 +264,7 @@ class _Batcher:
         except AudioError as error:
             if len(batch) == 1:
                 return [error]
-        outcomes = []
+        outcomes: list[np.ndarray | AudioError] = []
         for single in batch:  # find the one that fails; the others are kept
             try:
                 begun = encoder.begin(_stacked([single], encoder))

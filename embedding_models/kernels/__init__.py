@@ -1,15 +1,17 @@
 """Whether Triton's kernels can be used: Triton comes with torch for CUDA and needs a C compiler to launch a kernel."""
 
+import importlib
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
 try:
-    import triton
-    import triton.language
+    triton: Any = importlib.import_module("triton")
+    importlib.import_module("triton.language")
 except ImportError:  # torch for a CPU, or a platform that Triton is not built for
     triton = None
 

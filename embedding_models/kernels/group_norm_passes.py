@@ -1,5 +1,7 @@
 """The passes of `group_norm` as Triton kernels: a channels_last activation read once, or read and written once."""
 
+from typing import Any
+
 import torch
 
 from embedding_models.kernels import device_of, triton
@@ -11,7 +13,7 @@ _MOST_PARTS = 64  # parts of an activation whose moments are written apart
 
 
 if triton is not None:
-    tl = triton.language
+    tl: Any = triton.language
 
     @triton.jit
     def _moments_kernel(
@@ -82,7 +84,9 @@ def add_to(
     return _moments(x, bias, shortcut, gain)
 
 
-def _moments(x, bias, shortcut, gain) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _moments(
+    x: torch.Tensor, bias: torch.Tensor | None, shortcut: torch.Tensor | None, gain: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(x, shortcut)
     batch, channels, time, frequencies = x.shape
     rows = time * frequencies

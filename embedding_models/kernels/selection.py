@@ -1,5 +1,7 @@
 """Order statistics over time as a Triton kernel: every column read once and searched in registers, nothing sorted."""
 
+from typing import Any
+
 import torch
 
 from embedding_models.kernels import device_of, triton
@@ -8,7 +10,7 @@ MOST_ROWS = 1024  # a column of more would not stay in registers
 _COLUMNS = 8  # that one program searches: few enough for several programs on a multiprocessor
 
 if triton is not None:
-    tl = triton.language
+    tl: Any = triton.language
 
     @triton.jit
     def _next(keys, inside, found, k, most):
