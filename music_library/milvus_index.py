@@ -16,6 +16,7 @@ from common.errors import UserError
 
 FIELD = "embedding"
 SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite does not
+DEFAULT_URI = "data/library.db"
 MAX_RESULTS = 16_384  # Milvus's bound on one search
 INDEX_TYPES = {
     "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 512}),

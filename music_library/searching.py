@@ -7,12 +7,11 @@ import numpy as np
 
 from common.errors import UserError
 from music_library.index_space import IndexSpace, recorded_space
-from music_library.milvus_index import MAX_RESULTS, Found, VectorDatabase
+from music_library.milvus_index import DEFAULT_URI, MAX_RESULTS, Found, VectorDatabase
 from music_library.vector_files import VectorFiles, vectors_folder
 from text_to_audio.model.checkpoints import read_checkpoint
 from text_to_audio.model.inference import embed_texts_batch, load_checkpoint
 
-DEFAULT_URI = "data/library.db"
 TRACK_FIELDS = ["path", "title", "artist", "album", "duration"]
 _RERANKED = 10  # candidates per result wanted, where audio is compared with audio in a narrow index
 

@@ -31,7 +31,7 @@ SPLITS = ("train", "val", "test")
 class StoreHeader:
     """What the whole file is made of; the root attributes.
 
-    `encoders` maps a space's name ("muq", "mert", "latent") to {id, revision, dim, sample_rate, recipe}.
+    `encoders` maps a space's name ("muq", ...) to {id, revision, dim, sample_rate, recipe}.
     """
 
     dataset: str

@@ -23,8 +23,8 @@ class TrainingConfig:
     """
 
     audio_encoder: str
-    """audio space to train for: latent, muq or mert, as the store holds it; several names train one text encoder with a
-    head for each (joint training)"""
+    """audio space to train for, by its name in the store; several names train one text encoder with a head for each
+    (joint training)"""
     data_path: str = "data/musicbench_embeddings/embeddings.h5"
     """store of audio vectors and captions, written by prepare_dataset.py"""
     checkpoint_dir: str = "checkpoints"

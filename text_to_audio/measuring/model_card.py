@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from common.errors import UserError
 from common.hub import fetch_model_folder
+from embedding_models.registry import licence_note
 from text_to_audio.config import TrainingConfig
 from text_to_audio.measuring.summary import FILE_NAME, read_summary
 from text_to_audio.model.text_encoder import _pooling, _prefix
@@ -75,9 +76,8 @@ Test (`{FILE_NAME}` beside the checkpoint):
 
 ## Licences
 
-The published weights of the audio encoders muq, mert and latent are CC-BY-NC-4.0: they, and what is made with them,
-are not for commercial use. MusicBench, where it is the data set, is CC-BY-SA-3.0. The text
-encoder has a licence of its own.
+{licence_note(config.audio_encoder)}
+MusicBench, where it is the data set, is CC-BY-SA-3.0. The text encoder has a licence of its own.
 """
 
 
