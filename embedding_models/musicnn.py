@@ -33,7 +33,9 @@ _EPSILON = 1e-3  # of the batch norms
 # is of this size, and weight decay has left most of the published filters at weights of 1e-20 and less.
 _INVISIBLE = 1e-7
 _POSITIONS = 8  # bands along which a timbral filter is laid in one matrix product
-_FRAMES_AT_ONCE = {"cpu": 320, "cuda": 1 << 14}  # what stays in a core's cache; what keeps a GPU busy
+# Frames in one piece of the front end's work, which bounds its memory. A CPU's caches would like fewer, but each piece
+# makes its threads wait for each other some fifty times, which is dear where other programs use the cores.
+_FRAMES_AT_ONCE = {"cpu": 2048, "cuda": 1 << 15}
 
 
 class LogMel(nn.Module):
@@ -104,10 +106,12 @@ class _Branch(nn.Module):
         x = functional.pad(x, (0, 0, before, self.taps - 1 - before))
         maxima = x.new_empty(batch, frames, len(self.bias))
         piece = _FRAMES_AT_ONCE["cpu" if x.device.type == "cpu" else "cuda"]
-        for sound, target in zip(x, maxima, strict=True):
+        sounds = max(1, piece // frames)
+        for first in range(0, batch, sounds):
             for start in range(0, frames, piece):
                 stop = min(start + piece, frames)
-                target[start:stop] = self._maxima(sound[start : stop + self.taps - 1])
+                found = self._maxima(x[first : first + sounds, start : stop + self.taps - 1])
+                maxima[first : first + sounds, start:stop] = found
         return torch.addcmul(self.shift, (maxima * self.sign + self.bias).relu(), self.scale)
 
     def _laid_out(self, kernel: torch.Tensor) -> torch.Tensor:
@@ -115,7 +119,7 @@ class _Branch(nn.Module):
         raise NotImplementedError
 
     def _maxima(self, x: torch.Tensor) -> torch.Tensor:
-        """(frames + taps - 1, 96) -> (frames, filters): the largest value of the convolution over the bands."""
+        """(batch, frames + taps - 1, 96) -> (batch, frames, filters): the convolution's maximum over the bands."""
         raise NotImplementedError
 
 
@@ -130,13 +134,13 @@ class _Timbral(_Branch):
 
     def _maxima(self, x: torch.Tensor) -> torch.Tensor:
         # A row holds all taps of one band after another, so that neighbouring bands are neighbouring columns.
-        rows = x.unfold(0, self.taps, 1).reshape(len(x) - self.taps + 1, -1)
+        rows = x.unfold(1, self.taps, 1).reshape(-1, x.shape[2] * self.taps)
         best = None
         for start in self._starts:
             columns = rows[:, start * self.taps :][:, : len(self.weights)]
             found = (columns @ self.weights).unflatten(1, (self._together, -1)).amax(dim=1)
             best = found if best is None else torch.maximum(best, found)
-        return best
+        return best.unflatten(0, (len(x), -1))
 
 
 class _Temporal(_Branch):
@@ -147,10 +151,10 @@ class _Temporal(_Branch):
         return _shifted(kernel[:, 0], self._together)
 
     def _maxima(self, x: torch.Tensor) -> torch.Tensor:
-        frames = len(x) - self.taps + 1
-        bands = functional.pad(x.T, (0, -frames % self._together))
-        windows = bands.unfold(1, len(self.weights), self._together)  # (96, groups, taps + together - 1)
-        return (windows @ self.weights).amax(dim=0).reshape(-1, len(self.bias))[:frames]
+        frames = x.shape[1] - self.taps + 1
+        bands = functional.pad(x.transpose(1, 2), (0, -frames % self._together))
+        windows = bands.unfold(2, len(self.weights), self._together)  # (batch, 96, groups, taps + together - 1)
+        return (windows @ self.weights).amax(dim=1).reshape(len(x), -1, len(self.bias))[:, :frames]
 
 
 class _MidConvolution(nn.Module):

@@ -127,7 +127,9 @@ def _table_items(table: bytes) -> Iterator[tuple[bytes, bytes]]:
     for _ in range(4):
         number, position = _varint(footer[:40], position)
         handles.append(number)
-    if any(footer[position:40]):
+    if any(footer[position:40]) or sum(handles[2:]) + _TRAILER + _FOOTER != len(
+        table
+    ):  # the last block, then the footer
         raise _Fault("a damaged end of the table")
     list(_block_items(_block(table, *handles[:2])))  # of no use, but its damage is the file's
     last = None

@@ -103,7 +103,7 @@ def compare(name: str, batch: int, rounds: int) -> None:
         "plain port": lambda: enrich(plain_frames(tensors, model.spectrogram(waveforms))),
     }
     times: dict[str, list[float]] = {contestant: [] for contestant in contestants}
-    for contestant, work in contestants.items():
+    for work in contestants.values():
         work()
     for _ in range(rounds):
         for contestant, work in contestants.items():
