@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError, run_script
+from common.files import Lock
 from common.logs import start_log
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
@@ -23,7 +24,7 @@ from preparing.opening import open_dataset
 from preparing.plan import plan_lines
 from preparing.recordings import Dataset
 from preparing.shards import check_finished, discard, open_shard
-from preparing.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
+from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
 from store.reading import SPLITS, EmbeddingStore, StoreHeader
 from store.verifying import faults
 
@@ -201,7 +202,7 @@ def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished,
     """Write one batch's recordings, then their states; they leave `rows`."""
     states = []
     for audio_id, result in finished:
-        split, row = rows.pop(audio_id)
+        split, row = rows.pop(str(audio_id))
         if isinstance(result, AudioError):
             reason, text = result.reason, str(result)
         elif all(work.write(split, row, encoder, vector) for encoder, vector in result.items()):

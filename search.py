@@ -20,6 +20,8 @@ EXAMPLES = """examples:
   python search.py "jazz" --milvus-uri http://localhost:19530 --map-path /srv/music=/mnt/music
   python search.py --serve --checkpoint checkpoints/muq_best_r1.pt     (a web page at http://127.0.0.1:8770/)"""
 
+BYTE_ORDER_MARK = "\ufeff"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -116,7 +118,7 @@ def read_queries(name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name}: expected a text file with a query a line, found: {reason}") from error
-    queries = [line.strip() for line in text.splitlines() if line.strip()]
+    queries = [line.strip() for line in text.removeprefix(BYTE_ORDER_MARK).splitlines() if line.strip()]
     if not queries:
         raise UserError(f"{name}: expected a query a line, found none")
     return queries

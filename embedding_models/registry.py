@@ -37,13 +37,13 @@ class HubWeights:
 
 @dataclass(frozen=True)
 class PackageWeights:
-    """Weights inside an installed Python package: what the class takes as `model`, the package, its version, bytes."""
+    """Weights inside an installed Python package of so many bytes; `id` is what the class takes as `model`."""
 
     id: str
     package: str
     version: str
     size: int
-    place: ClassVar[str] = "folder, or name in its package,"
+    place: ClassVar[str] = "name or folder"
 
     def downloads(self) -> dict[str, int | None]:
         """The command that installs it -> bytes."""

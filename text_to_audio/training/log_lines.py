@@ -3,12 +3,10 @@
 import time
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -136,10 +134,13 @@ def log_validation(writer: SummaryWriter, evaluator: Evaluator, metrics: dict[st
     """The metrics of the evaluator's last measurement, histograms of its cosines, and its best and worst queries."""
     for name, value in metrics.items():
         writer.add_scalar(f"val/{name}", value, step)
-    edges, positive, negative = similarity_counts(evaluator.latest, evaluator.gallery)
+    scores = evaluator.latest
+    if scores is None:
+        raise ValueError("the evaluator has not measured anything yet")
+    edges, positive, negative = similarity_counts(scores, evaluator.gallery)
     _add_histogram(writer, "val/similarity/positives", edges, positive, step)
     _add_histogram(writer, "val/similarity/negatives", edges, negative, step)
-    best, worst = best_and_worst(evaluator.latest, evaluator.gallery, evaluator.audio_id)
+    best, worst = best_and_worst(scores, evaluator.gallery, evaluator.audio_id)
     writer.add_text("val/queries/best", _as_markdown(best), step)
     writer.add_text("val/queries/worst", _as_markdown(worst), step)
 
@@ -151,20 +152,8 @@ def log_results(writer: SummaryWriter, config: TrainingConfig, metrics: dict[str
     settings = {name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)}
     # add_hparams would open another run; these three summaries go beside the scalars that they name
     for summary in hparams(settings, {f"test/{name}": value for name, value in metrics.items()}):
-        writer.file_writer.add_summary(summary)
+        writer._get_file_writer().add_summary(summary)
     writer.flush()
-
-
-def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar of the event files in a folder: tag -> (step, value) in order; empty where there are none.
-
-    What a run that was restarted from an earlier step had written beyond that step is left out, as TensorBoard does.
-    """
-    if not folder.is_dir():
-        return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, edges: Tensor, counts: Tensor, step: int) -> None:
