@@ -35,11 +35,14 @@ _INVISIBLE = 1e-7
 _POSITIONS = 8  # bands along which a timbral filter is laid in one matrix product
 # Frames in one piece of the front end's work, which bounds its memory. A CPU's caches would like fewer, but each piece
 # makes its threads wait for each other some fifty times, which is dear where other programs use the cores.
-_FRAMES_AT_ONCE = {"cpu": 2048, "cuda": 1 << 15}
+_FRAMES_AT_ONCE = {"cpu": 1024, "cuda": 1 << 15}
 
 
 class LogMel(nn.Module):
     """The mel spectrogram of `librosa.feature.melspectrogram`, in float16 as in training, then log10(10,000 x + 1)."""
+
+    filters: torch.Tensor
+    window: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +67,9 @@ class LogMel(nn.Module):
 class _Norm(nn.Module):
     """A batch norm over the last dimension, as one product and sum."""
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, tensors: Tensors, number: int):
         super().__init__()
         name = _numbered("batch_normalization", number)
@@ -85,6 +91,12 @@ class _Branch(nn.Module):
     ReLU and norm follow on one value instead of one a band. Filters that no sound can move are left out: `live` says
     which are computed, `constants` what the others give. `low` and `high` bound every input value.
     """
+
+    sign: torch.Tensor
+    bias: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    weights: torch.Tensor
 
     def __init__(self, kernel: torch.Tensor, bias: torch.Tensor, norm: _Norm, low: float, high: float):
         super().__init__()
@@ -135,11 +147,11 @@ class _Timbral(_Branch):
     def _maxima(self, x: torch.Tensor) -> torch.Tensor:
         # A row holds all taps of one band after another, so that neighbouring bands are neighbouring columns.
         rows = x.unfold(1, self.taps, 1).reshape(-1, x.shape[2] * self.taps)
-        best = None
+        best = rows.new_full((len(rows), len(self.bias)), -torch.inf)
         for start in self._starts:
             columns = rows[:, start * self.taps :][:, : len(self.weights)]
             found = (columns @ self.weights).unflatten(1, (self._together, -1)).amax(dim=1)
-            best = found if best is None else torch.maximum(best, found)
+            torch.maximum(best, found, out=best)
         return best.unflatten(0, (len(x), -1))
 
 
@@ -160,6 +172,9 @@ class _Temporal(_Branch):
 class _MidConvolution(nn.Module):
     """A convolution over 7 frames of all widths, ReLU, batch norm; the kernel is (7, width, filters)."""
 
+    weights: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self, kernel: torch.Tensor, bias: torch.Tensor, norm: _Norm):
         super().__init__()
         self.register_buffer("weights", kernel.transpose(0, 1).flatten(0, 1).contiguous())
@@ -175,28 +190,36 @@ class _MidConvolution(nn.Module):
 class MusiCNN(nn.Module):
     """MusiCNN (Pons and Serra 2019, https://arxiv.org/abs/1909.06654), built from the tensors of its checkpoint."""
 
+    live: torch.Tensor
+    constants: torch.Tensor
+    dense_0: torch.Tensor
+    dense_1: torch.Tensor
+    dense_bias_0: torch.Tensor
+    dense_bias_1: torch.Tensor
+
     def __init__(self, tensors: Tensors):
         super().__init__()
         self.norm = _Norm(tensors, 0)
         silence, loudest = (self.norm(torch.tensor(x)).item() for x in (0.0, math.log10(10_000 * _LOUDEST + 1)))
         low, high = min(silence, loudest, 0.0), max(silence, loudest, 0.0)  # zero: what time is padded with
-        kinds = [_Timbral if bands > 1 else _Temporal for _, bands in _FRONT]
-        self.front = nn.ModuleList(
-            kind(*_convolution(tensors, number), _Norm(tensors, number + 1), low, high)
-            for number, kind in enumerate(kinds)
-        )
-        live = torch.cat([branch.live for branch in self.front])
+        branches: list[_Branch] = []
+        for number, (_, bands) in enumerate(_FRONT):
+            kind = _Timbral if bands > 1 else _Temporal
+            branches.append(kind(*_convolution(tensors, number), _Norm(tensors, number + 1), low, high))
+        self.front = nn.ModuleList(branches)
+        live = torch.cat([branch.live for branch in branches])
         self.register_buffer("live", live.nonzero()[:, 0])
-        self.register_buffer("constants", torch.cat([branch.constants for branch in self.front]))
-        self.mid = nn.ModuleList()
+        self.register_buffer("constants", torch.cat([branch.constants for branch in branches]))
+        layers: list[_MidConvolution] = []
         for number in range(len(_FRONT), len(_FRONT) + 3):
             kernel, bias = _convolution(tensors, number)
             kernel = kernel[:, :, 0]
             if number == len(_FRONT):  # the constants come in as one more channel, of ones
                 still = torch.einsum("tcf,c->tf", kernel[:, ~live].double(), self.constants[~live].double())
                 kernel = torch.cat([kernel[:, live], still.float()[:, None]], dim=1)
-            self.mid.append(_MidConvolution(kernel, bias, _Norm(tensors, number + 1)))
-        self.width = len(live) + sum(len(layer.bias) for layer in self.mid)
+            layers.append(_MidConvolution(kernel, bias, _Norm(tensors, number + 1)))
+        self.mid = nn.ModuleList(layers)
+        self.width = len(live) + sum(len(layer.bias) for layer in layers)
         self.pooled_norm, self.dense_norm = _Norm(tensors, 9), _Norm(tensors, 10)
         for number, name in enumerate(("dense", "dense_1")):
             self.register_buffer(f"dense_{number}", tensors[f"{name}/kernel"])

@@ -278,7 +278,7 @@ def _zeros(log_bytes: int) -> np.ndarray:
     if log_bytes > 0:
         half = _zeros(log_bytes - 1)
         return _mapped(half, half)
-    images = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    images: np.ndarray = np.uint32(1) << np.arange(32, dtype=np.uint32)
     for _ in range(8):
         images = images >> 1 ^ (images & 1) * np.uint32(_POLYNOMIAL)
     return images
