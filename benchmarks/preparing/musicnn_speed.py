@@ -1,9 +1,9 @@
 """How fast MusiCNN is on a CPU: the encoder against a plain port of its graph, in turn; time per stage; bound by what.
 
-The plain port draws every convolution as the paper does, all filters, and takes the maximum at the end. Both get the
-same spectrograms' waveforms, so that the difference is the network's alone. Each round times one after the other; the
-line says the medians. The share is of the machine's own matrix product: the work of the convolutions as drawn, and what
-of it the encoder does, a second, over that product's operations a second.
+The plain port draws every convolution as the paper does, all filters, and takes the maximum at the end. Both start at
+the waveforms and share the spectrogram and the recipe's statistics, so that the difference is the network's alone. Each
+round times one after the other; the line says the medians. The share is of the machine's own matrix product: the
+convolutions' work (as drawn; for the encoder that of the filters it computes) a second over the product's.
 """
 
 import argparse
