@@ -131,7 +131,7 @@ ENCODERS = {
         Encoder(
             name="musicnn",
             title="MusiCNN",
-            location="embedding_models.musicnn:MusiCNNModel",
+            location="embedding_models.musicnn.model:MusiCNNModel",
             weights=PackageWeights("MSD_musicnn", "musicnn", "0.1.0", 29_292_476),
             dim=2259,
             licence="ISC",

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from benchmarks.preparing.musicnn_speed import plain_frames, plain_tags
 from common.errors import UserError
-from embedding_models import musicnn
-from embedding_models.musicnn import PUBLISHED, MusiCNNModel, find_folder, read_weights
+from embedding_models.musicnn import network as network_module
+from embedding_models.musicnn.model import PUBLISHED, MusiCNNModel, find_folder, read_weights
 from embedding_models.registry import ENCODERS
 
-REFERENCE = Path(__file__).parents[1] / "data" / "reference" / "musicnn" / "expected.safetensors"
+REFERENCE = Path(__file__).parents[2] / "data" / "reference" / "musicnn" / "expected.safetensors"
 CLOSE = 1e-5  # of the largest value
 NETWORKS = pytest.mark.parametrize("name", PUBLISHED)
 
@@ -83,7 +83,7 @@ def test_frames_equal_a_plain_port_at_any_length(models, weights, name, frames, 
     found = models[name].network(spectrograms)
     for one, right in zip(found, plain_frames(weights[name], spectrograms), strict=True):
         assert difference(one, right) < CLOSE
-    monkeypatch.setitem(musicnn._FRAMES_AT_ONCE, "cpu", 100)  # a long window in pieces
+    monkeypatch.setitem(network_module._FRAMES_AT_ONCE, "cpu", 100)  # a long window in pieces
     assert difference(models[name].network(spectrograms), found) < CLOSE
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from embedding_models.musicnn import find_folder
-from embedding_models.tensor_bundle import crc32c, read_tensor_bundle
+from embedding_models.musicnn.model import find_folder
+from embedding_models.musicnn.tensor_bundle import crc32c, read_tensor_bundle
 
 INDEX, DATA = ".index", ".data-00000-of-00001"
 TIME_LIMIT = 20  # seconds for one damaged checkpoint
