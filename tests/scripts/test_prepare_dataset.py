@@ -13,7 +13,7 @@ import pytest
 import prepare_dataset
 from common.errors import UserError
 from common.files import locked
-from embedding_models import MuQEmbeddingModel
+from embedding_models import MuQEmbeddingModel, MusiCNNModel
 from helpers.small_musicbench import SmallMusicBench, clip, row, wav_bytes
 from preparing.work_file import DONE, WorkFile
 from store.reading import SPLITS, EmbeddingStore
@@ -86,6 +86,31 @@ def test_three_encoders_from_a_tar(prepare, tmp_path, tiny_models):
     log = Path("prepare_dataset.log").read_text()
     assert "train" in log
     assert "skipped  none" in log
+
+
+def test_musicnn_by_name_beside_the_others(prepare, tmp_path, capsys):
+    data = SmallMusicBench(train_sources=4, copies=1, test=2).write(tmp_path / "data")
+    names = ("muq", "mert", "latent", "musicnn")
+    assert prepare(data, "--plan", encoders=names) == 0
+    plan = capsys.readouterr().out
+    assert "musicnn: MSD_musicnn, weights ISC (commercial use allowed)" in plan
+    assert "pip install --no-deps musicnn==0.1.0: 0.03 GB" in plan
+    assert prepare(data, encoders=names) == 0
+    store = EmbeddingStore("out/embeddings.h5")
+    assert tuple(store.encoders) == names
+    assert list(faults(store.path)) == []
+    entry = store.encoders["musicnn"]
+    assert (entry["id"], entry["revision"], entry["dim"], entry["sample_rate"]) == (
+        "MSD_musicnn",
+        "0.1.0",
+        2259,
+        16_000,
+    )
+    (tmp_path / "one.wav").write_bytes(wav_bytes(clip(4)))
+    expected = MusiCNNModel(device="cpu").embed_file(tmp_path / "one.wav")
+    test = store.split("test")
+    found = store.vectors("test", "musicnn")[test.audio_id.index("data/source00004.wav")]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_extracted_folder_and_float16_and_limit(prepare, tmp_path):
