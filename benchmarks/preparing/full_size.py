@@ -129,7 +129,6 @@ def training_step(precision: str, batch_size: int, accumulation: int, folder: Pa
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
     tokens = int(run.tokens.lengths[batch].sum())
-    run.spaces[0].writer.close()
     return (
         f"{len(batch)} captions in {accumulation} passes, {tokens} tokens, {trained / 1e6:.0f} M trained weights, "
         f"loss {loss:.3f}, {seconds:.1f} s on {config.torch_device}"

@@ -125,7 +125,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         for line in steps(run, args.steps):
             print(line, flush=True)
-        space.writer.close()
 
 
 if __name__ == "__main__":

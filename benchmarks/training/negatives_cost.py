@@ -113,7 +113,6 @@ def compare_times(folder: Path, args: argparse.Namespace, checkpointing: str) ->
             taken = seconds_of_step(runs[name], batches[number % len(batches)])
             if number:  # the first round warms up
                 seconds[name].append(taken)
-    with_bank.spaces[0].writer.close()
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 

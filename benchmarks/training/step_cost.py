@@ -155,7 +155,6 @@ def main(argv: list[str] | None = None) -> None:
             f"batches of {args.passes} x {args.batch_size}, {args.steps} steps a round, {args.rounds} rounds"
         )
         seconds = compare(run, args)
-        run.spaces[0].writer.close()
     shares = [1 - text / whole for whole, text in zip(seconds["whole"], seconds["text encoder"], strict=True)]
     ratios = [other / own for own, other in zip(seconds["whole"], seconds["random order"], strict=True)]
     medians = ", ".join(f"{name} {statistics.median(each):.2f}" for name, each in seconds.items())
