@@ -1,3 +1,4 @@
+import logging
 import os
 import shlex
 import subprocess
@@ -44,10 +45,13 @@ def test_resumed_equals_uninterrupted(parts, workplace, monkeypatch, whole, cras
 
 
 @pytest.mark.parametrize("where", ["save_epoch", "save_last", "measure_best"])
-def test_a_crash_after_the_last_step_of_an_epoch(parts, workplace, monkeypatch, whole, where):
+def test_a_crash_after_the_last_step_of_an_epoch(parts, workplace, monkeypatch, whole, where, caplog):
     step = STEPS if where == "measure_best" else 20
     run_until_crash(parts, monkeypatch, step, "--save-every-steps", "20" if where == "save_epoch" else "0", where=where)
-    train.main(arguments(parts, "--resume", "checkpoints/latent_last.pt"))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "tensorboard"):
+        train.main(arguments(parts, "--resume", "checkpoints/latent_last.pt"))
+    assert "urging" not in caplog.text  # TensorBoard's line on points that are hidden
     assert_same(outcome(workplace), whole)
 
 
