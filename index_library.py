@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--from-collection", metavar="NAME", help="take over a Milvus collection of plain vectors of this recipe")
     add("--from-uri", metavar="URI", help="where that collection is (--milvus-uri)")
     add("--from-token", help="its server's token")
-    add("--index-type", choices=INDEX_TYPES, help="(HNSW; for an index that is there: the one it has)")
+    add("--index-type", choices=INDEX_TYPES, help="of the index (HNSW; where there is one: the one it has)")
     add("--index-params", type=_json, metavar="JSON", help="such as '{\"nlist\": 1024}'; used when an index is made")
     add("--search-params", type=_json, metavar="JSON", help="such as '{\"nprobe\": 64}'; used when an index is made")
     add("--narrow", action="store_true", help="the narrow form for any width (it is used above 32,768 dimensions)")

@@ -269,9 +269,9 @@ def test_stores_of_other_settings_are_refused(prepare, tmp_path, tiny_models):
     data = SmallMusicBench(4).write(tmp_path / "data")
     prepare(data)
     before = Path("out/embeddings.h5").read_bytes()
-    with pytest.raises(UserError, match="made with encoders"):
+    with pytest.raises(UserError, match="made with other settings; use another --output-dir, or --overwrite:\n  "):
         prepare(data, encoders=("muq", "latent"))
-    with pytest.raises(UserError, match="dtype 'float32', now 'float16'"):
+    with pytest.raises(UserError, match="dtype: 'float32' there, 'float16' now"):
         prepare(data, "--dtype", "float16")
     with pytest.raises(UserError, match="recordings are as this run"):
         prepare(data, "--limit", "1")
