@@ -21,7 +21,7 @@ class AudioEmbeddingModel:
     A subclass loads its weights, sets the attributes below and defines `_encode`.
     """
 
-    name: str  # "muq" | "mert" | "latent"
+    name: str  # the audio space, as in the registry
     channels: int  # 1 (mono) or 2 (stereo)
     half_precision = False  # whether float16 is safe enough to be tried on CUDA
 

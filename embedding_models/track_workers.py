@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -10,34 +10,10 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from embedding_models import AudioError, MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
+from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.registry import EncoderSpec
 from embedding_models.tracks import embed_track, window_starts
-
-_CLASSES = {"muq": MuQEmbeddingModel, "mert": MertModel, "latent": MusicLatentSpaceModel}
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """Which encoder to load: what a process needs to be told. `model` None is the published one."""
-
-    name: str
-    model: str | None = None
-    backbone: str | None = None  # MuQ-MuLan's alone
-    revision: str | None = None
-    device: str = "auto"
-    precision: str = "float32"
-
-    def load(self) -> AudioEmbeddingModel:
-        """Load it; raises `UserError` for a name that is none and for files that are not such a model."""
-        if self.name not in _CLASSES:
-            raise UserError(f"expected an audio space of {', '.join(_CLASSES)}, found {self.name!r}")
-        options = {"device": self.device, "precision": self.precision, "revision": self.revision}
-        if self.model:
-            options["model"] = self.model
-        if self.name == "muq":
-            options["backbone"] = self.backbone
-        return _CLASSES[self.name](**options)
 
 
 @dataclass(frozen=True)
@@ -116,7 +92,7 @@ def embed_tracks(
 def _on_device(spec: EncoderSpec, number: int) -> EncoderSpec:
     devices = torch.cuda.device_count()
     if spec.device in ("auto", "cuda") and devices:
-        return EncoderSpec(**{**vars(spec), "device": f"cuda:{number % devices}"})
+        return replace(spec, device=f"cuda:{number % devices}")
     return spec
 
 

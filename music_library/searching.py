@@ -7,12 +7,14 @@ import numpy as np
 
 from common.errors import UserError
 from music_library.index_space import IndexSpace, recorded_space
-from music_library.milvus_index import MAX_RESULTS, Found, VectorDatabase
+from music_library.milvus_index import DEFAULT_URI, MAX_RESULTS, Found, VectorDatabase
 from music_library.vector_files import VectorFiles, vectors_folder
+from text_to_audio.config import TrainingConfig
 from text_to_audio.model.checkpoints import read_checkpoint
+from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.inference import embed_texts_batch, load_checkpoint
+from text_to_audio.model.text_encoder import TextEncoder
 
-DEFAULT_URI = "data/library.db"
 TRACK_FIELDS = ["path", "title", "artist", "album", "duration"]
 _RERANKED = 10  # candidates per result wanted, where audio is compared with audio in a narrow index
 
@@ -54,12 +56,15 @@ def track_number(track: str) -> int | None:
     return number if number < 1 << 63 else None
 
 
-def without(vectors: np.ndarray, unwanted: np.ndarray, weight: float) -> np.ndarray:
-    """Queries (n, dim) less `weight` times the unit vector `unwanted` (dim,), at unit length again."""
+def without(vectors: np.ndarray, unwanted: np.ndarray, weight: float, setting: str = "--not") -> np.ndarray:
+    """Queries (n, dim) less `weight` times the unit vector `unwanted` (dim,), at unit length again.
+
+    Raises `UserError`, which names the `setting` that was given, where nothing is left.
+    """
     rest = vectors - weight * unwanted / np.linalg.norm(unwanted)
     lengths = np.linalg.norm(rest, axis=1, keepdims=True)
     if (lengths < 1e-6).any():
-        raise UserError("--not: nothing is left of the query; expected it to differ from what it is to be without")
+        raise UserError(f"{setting}: nothing is left of the query; expected it to differ from what it is to be without")
     return (rest / lengths).astype(np.float32)
 
 
@@ -78,15 +83,19 @@ def replaced_prefix(path: str, mapping: tuple[str, str] | None) -> str:
 class Searcher:
     """A checkpoint and the library it was indexed for. One thread at a time; made by `open_searcher`."""
 
-    def __init__(self, models, database: VectorDatabase, space: IndexSpace, files: Path, map_path=None):
+    def __init__(
+        self, models: tuple[TextEncoder, ProjectionHead, TrainingConfig], database: VectorDatabase, space: IndexSpace,
+        files: Path, map_path: tuple[str, str] | None = None,
+    ):  # fmt: skip
         self.text_encoder, self.projection, self.config = models
         self.space, self._database, self._files = space, database, files
         self._map_path = map_path
-        self._search_params = {}
-        self.has_moments = database.identity(moments_collection(space.name)) is not None
-        for name in [space.name] + [moments_collection(space.name)] * self.has_moments:
-            self._search_params[name] = database.identity(name)["search_params"]
-            database.load(name)
+        self._search_params: dict[str, dict] = {}
+        for name in (space.name, moments_collection(space.name)):
+            if identity := database.identity(name):
+                self._search_params[name] = identity["search_params"]
+                database.load(name)
+        self.has_moments = moments_collection(space.name) in self._search_params
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Texts as unit vectors (n, audio_dim) float32."""
@@ -183,7 +192,7 @@ class Searcher:
             limit, size = 4 * limit, len(windows)
             (windows,) = self._nearest_windows(query, limit)
         rows = self._database.get(self.space.name, list(best)[: 2 * k], TRACK_FIELDS)
-        hits = []
+        hits: list[Hit] = []
         for track, window in best.items():
             if track in rows and len(hits) < k:
                 fields = {field: rows[track][field] for field in TRACK_FIELDS}

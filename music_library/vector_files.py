@@ -121,7 +121,7 @@ class VectorFiles:
     def __enter__(self) -> "VectorFiles":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # reading

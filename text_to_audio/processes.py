@@ -53,10 +53,12 @@ class Processes:
         """Sum the gradients over the processes; one that had no work counts as zero."""
         if self.count == 1:
             return
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.sum([parameter.grad for parameter in parameters])
+            gradients.append(parameter.grad)
+        self.sum(gradients)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

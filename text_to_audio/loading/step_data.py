@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
@@ -79,7 +79,7 @@ class StepReader:
         if not workers:
             yield from (self.read(first_step + i, batch) for i, batch in enumerate(batches))
             return
-        waiting = deque()
+        waiting: deque[Future[StepData]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="step-reader")
         try:
             for i, batch in enumerate(batches):

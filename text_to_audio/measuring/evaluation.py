@@ -16,7 +16,7 @@ from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.loss.info_nce import audio_to_text_loss, contrastive_loss, symmetric_loss
 from text_to_audio.measuring.metrics import retrieval_metrics
-from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.head import Projection, ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
 
@@ -98,7 +98,7 @@ def embed_captions(
 @torch.no_grad()
 def caption_scores(
     text: Tensor,
-    projection: ProjectionHead,
+    projection: Projection,
     vectors: AudioVectors,
     rows: np.ndarray,
     processes: Processes = ALONE,

@@ -1,6 +1,6 @@
 """One layer of a Qwen3-like decoder in few kernels, as a function of tensors: what transformers' layer computes.
 
-Its pieces have their backward pass by hand, which keeps less and launches less than the one that autograd puts together.
+Its pieces have their backward pass by hand, which keeps less and launches less than the one that autograd makes.
 """
 
 from typing import NamedTuple

@@ -133,7 +133,7 @@ class ModulePass:
     """A model by its own modules, of which LoRA's layers compute in few kernels."""
 
     def __init__(self, model: nn.Module, recomputed: int, compiled: bool):
-        self.model = model
+        self.backbone = model.get_base_model()
         linear = [
             each
             for each in model.modules()
@@ -150,8 +150,8 @@ class ModulePass:
                 "together and dropout cannot be recomputed in that"
             )
         if compiled:
-            model.compile(dynamic=True, options=COMPILED)
-        for layer in layers_of(model.get_base_model())[:recomputed]:
+            self.backbone.compile(dynamic=True, options=COMPILED)
+        for layer in layers_of(self.backbone)[:recomputed]:
             layer.forward = partial(_recomputed, layer.forward)
 
     def tie(self) -> None:
@@ -171,7 +171,8 @@ class ModulePass:
         dtype = self.groups[0].weight.dtype
         self.current = self.copies.make(dtype)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            # past PEFT, which hands on arguments of its own that CLIP does not take
+            return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def _dropout(layer: LoraLinear) -> float:

@@ -20,7 +20,8 @@ def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[TextEncoder
     """
     path = Path(path)
     contents = read_checkpoint(path)
-    config = TrainingConfig.from_dict({**contents["config"], "device": device}, str(path))
+    asked = {"device": device, "compile": "off"}  # the layers are compiled for training alone
+    config = TrainingConfig.from_dict({**contents["config"], **asked}, str(path))
     config.check()
     text_encoder = TextEncoder(config)
     projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)

@@ -162,7 +162,7 @@ def advice_when_out_of_memory(config: TrainingConfig, take_step: TakeStep) -> It
 
 def _without_smaller(config: TrainingConfig) -> str:
     instead = "a smaller text model or --hidden-dim, or another space"
-    if not config.checkpoints_activations:
+    if not config.layers_recomputed(1):
         instead = "--gradient-checkpointing on"
     elif config.max_length > 64:
         instead = f"--max-length {config.max_length // 2}, or {instead}"
@@ -199,7 +199,7 @@ def plan_text(plan: Plan) -> str:
 
 def _proposal(config: TrainingConfig, found: tuple[int, int, int] | None) -> str:
     if found is None:
-        hint = "" if config.checkpoints_activations else "; try --gradient-checkpointing on"
+        hint = "" if config.layers_recomputed(1) else "; try --gradient-checkpointing on"
         return f"no, at no batch size{hint}"
     size, accumulation, total = found
     if size == config.batch_size:
@@ -208,7 +208,7 @@ def _proposal(config: TrainingConfig, found: tuple[int, int, int] | None) -> str
 
 
 def _on(config: TrainingConfig) -> str:
-    return "on" if config.checkpoints_activations else "off"
+    return "on" if config.layers_recomputed(1) else "off"
 
 
 def _size(count: int) -> str:
