@@ -36,7 +36,7 @@ class ForwardPass(Protocol):
 def forward_pass(model: nn.Module, recomputed: int, compiled: bool) -> ForwardPass:
     """That of a PEFT model. recomputed: layers whose activations are computed anew in the backward pass."""
     backbone = model.get_base_model()
-    return (DecoderPass if is_known_decoder(backbone) else ModulePass)(model, recomputed, compiled)
+    return (DecoderPass if compiles_by_layer(backbone) else ModulePass)(model, recomputed, compiled)
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:
@@ -46,8 +46,8 @@ def layers_of(backbone: nn.Module) -> list[nn.Module]:
     return max(alike, key=len, default=[])
 
 
-def is_known_decoder(backbone: nn.Module) -> bool:
-    """Whether `decoder_layer` computes what the backbone's layers do."""
+def compiles_by_layer(backbone: nn.Module) -> bool:
+    """Whether the backbone is a decoder whose layers `decoder_layer` computes, so that they are compiled as one."""
     layers = layers_of(backbone)
     return bool(layers) and hasattr(backbone, "rotary_emb") and all(_is_known(layer) for layer in layers)
 
@@ -168,7 +168,7 @@ class ModulePass:
 
     def __call__(self, ids: Tensor, mask: Tensor, training: bool) -> Tensor:
         """See `ForwardPass`."""
-        dtype = self.groups[0].weight.dtype
+        dtype = next(self.backbone.parameters()).dtype
         self.current = self.copies.make(dtype)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             # past PEFT, which hands on arguments of its own that CLIP does not take

@@ -44,8 +44,8 @@ class TextEncoder(nn.Module):
         with warnings.catch_warnings():  # transformers' older names, which its whole range and peft know
             warnings.simplefilter("ignore", FutureWarning)
             self.model = add_lora(backbone, config)
-        recomputed = config.layers_recomputed(len(layers_of(backbone)))
-        self._pass = forward_pass(self.model, recomputed, config.compile == "on")
+        self.layers = len(layers_of(backbone))
+        self._pass = forward_pass(self.model, config.layers_recomputed(self.layers), config.compile == "on")
         self.to(config.torch_device)
 
     def _apply(self, change, recurse=True):
