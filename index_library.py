@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         space, choice = open_space(args, config.audio_encoder, head, about, files.folder)
         if args.from_collection:
             take_over(args, config, files, log)
-        left_out = update(args, config, files, moments, log) if args.music_dir else 0
+        left_out = update(args, config, audio_space, files, moments, log) if args.music_dir else 0
         put_in(args, files, space, choice, moments, log)
     if left_out:
         log.info("files left out: %d; index_library.log names each", left_out)
@@ -188,10 +188,14 @@ def take_over(args: argparse.Namespace, config: TrainingConfig, files: VectorFil
     log.info("%s: %s tracks of %r, taken to be of this recipe", uri, f"{taken:,}", args.from_collection)
 
 
-def load_encoder(args: argparse.Namespace, config: TrainingConfig) -> tuple[EncoderSpec, AudioEmbeddingModel]:
-    """The encoder the checkpoint names, or the one of the flags; `UserError` where its width is another."""
+def load_encoder(
+    args: argparse.Namespace, config: TrainingConfig, recorded: dict
+) -> tuple[EncoderSpec, AudioEmbeddingModel]:
+    """The encoder the checkpoint names, or the one of the flags; `UserError` where its width is another.
+
+    recorded: what the checkpoint says of its audio space.
+    """
     entry = find_encoder(config.audio_encoder)
-    _, _, recorded = read_head(args.checkpoint)
     spec = spec_from_flags(args, entry, args.device, args.dtype, recorded["id"], recorded.get("revision"))
     try:
         encoder = spec.load()
@@ -207,32 +211,40 @@ def load_encoder(args: argparse.Namespace, config: TrainingConfig) -> tuple[Enco
     return spec, encoder
 
 
-def update(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, moments: bool, log: Logger) -> int:
+def update(
+    args: argparse.Namespace, config: TrainingConfig, recorded: dict, files: VectorFiles, moments: bool, log: Logger
+) -> int:
     """Bring the plain vectors up to date with the folder; returns how many files were left out."""
     folder = Path(args.music_dir)
     with tqdm(unit="file", desc="looking") as bar:
         changes = look_through(folder, files, moments, bar.update)
     if not changes.present:
         raise UserError(f"{folder}: expected audio files, found none")
-    for line in changes.left_out:
+    for line in changes.lines():
         log.warning("left out %s", line)
     log.info(
         "%s: %d unchanged, %d touched, %d moved or copied, %d to be embedded",
         folder, changes.unchanged, changes.touched, changes.moved, len(changes.todo),
     )  # fmt: skip
-    left_out = len(changes.left_out)
+    left_out = changes.count_left_out
     if changes.todo:
-        left_out += embed(args, config, files, changes.todo, moments, log)
+        left_out += embed(args, config, recorded, files, changes.todo, moments, log)
     if args.prune:
-        log.info("pruned %d tracks that are no longer there", prune(folder, files, changes))
+        log.info("pruned %d tracks that are no longer there", prune(files, changes))
     return left_out
 
 
 def embed(
-    args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, todo: list[Track], moments: bool, log: Logger
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    recorded: dict,
+    files: VectorFiles,
+    todo: list[Track],
+    moments: bool,
+    log: Logger,
 ) -> int:
     """Embed the tracks that need it; returns how many could not be."""
-    spec, encoder = load_encoder(args, config)
+    spec, encoder = load_encoder(args, config, recorded)
     tracks = {track.id: track for track in todo}
     paths = ((track.id, Path(track.path)) for track in todo)
     events = embed_tracks(paths, encoder, spec, args.encoder_processes, args.batch_size, moments)

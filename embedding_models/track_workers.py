@@ -11,6 +11,7 @@ import torch
 
 from common.errors import UserError
 from embedding_models.audio import AudioError
+from embedding_models.averaging import WindowMean
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.registry import EncoderSpec
 from embedding_models.tracks import embed_track, window_starts
@@ -49,19 +50,20 @@ def embed_one(
     encoder: AudioEmbeddingModel, key: Hashable, path: Path, batch_size: int, windows: bool
 ) -> Iterator[Event]:
     """Embed one track: its `Part`s, where `windows` are wanted, then its `End`, or a `Failure`."""
-    total, count = np.zeros(encoder.dim), 0
+    mean = WindowMean()
     try:
-        seconds, parts = embed_track(encoder, path, batch_size)
+        track, parts = embed_track(encoder, path, batch_size)
         for vectors in parts:
-            total, count = total + vectors.sum(axis=0, dtype=np.float64), count + len(vectors)
+            mean.add(vectors)
             if windows:
                 yield Part(key, vectors)
     except AudioError as error:
-        yield Failure(key, " ".join(str(error).split()))
+        text = str(error) if str(path) in str(error) else f"{path}: {error}"  # the encoder knows no file
+        yield Failure(key, " ".join(text.split()))
     except OSError as error:
         yield Failure(key, f"{path}: {error.strerror or error}")
     else:
-        yield End(key, (total / count).astype(np.float32), window_starts(count, seconds), seconds)
+        yield End(key, mean.mean(), window_starts(mean.count, track.seconds), track.seconds)
 
 
 def embed_tracks(

@@ -31,14 +31,14 @@ def write_track(path: Path, minutes: int) -> None:
 def measure(path: Path, encoder) -> str:
     """Embed a track; windows, seconds, and resident memory after each tenth of it."""
     process, held, started = psutil.Process(), [], time.perf_counter()
-    seconds, parts = embed_track(encoder, path, BATCH)
+    track, parts = embed_track(encoder, path, BATCH)
     windows = 0
     for vectors in parts:
         windows += len(vectors)
         held.append(process.memory_info().rss / 1e6)
     shown = " ".join(f"{held[i * (len(held) - 1) // 10]:.0f}" for i in range(11))
     taken = time.perf_counter() - started
-    return f"{seconds / 60:5.0f} min, {windows:5} windows, {taken:6.1f} s; MB at each tenth: {shown}"
+    return f"{track.seconds / 60:5.0f} min, {windows:5} windows, {taken:6.1f} s; MB at each tenth: {shown}"
 
 
 def build_parser() -> argparse.ArgumentParser:

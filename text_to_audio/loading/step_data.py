@@ -22,13 +22,15 @@ from text_to_audio.processes import Processes
 class StepData:
     """The B captions of one effective batch.
 
-    captions: (B,) their numbers among all. rows: (B,) their recordings' rows. parts: of each micro-batch, the positions
-    in the batch. tokens: those of this process's micro-batches, by the micro-batch's number. vectors: space -> (B, dim)
-    stored vectors of the recordings. token_count: tokens of all micro-batches, without and with padding.
+    captions: (B,) their numbers among all. rows: (B,) their recordings' rows. source: (B,) a number per source.
+    parts: of each micro-batch, the positions in the batch. tokens: those of this process's micro-batches, by the
+    micro-batch's number. vectors: space -> (B, dim) stored vectors of the recordings. token_count: tokens of all
+    micro-batches, without and with padding.
     """
 
     captions: np.ndarray
     rows: np.ndarray
+    source: np.ndarray
     parts: list[np.ndarray]
     tokens: dict[int, Tensor]
     vectors: dict[str, Tensor]
@@ -67,6 +69,7 @@ class StepReader:
         return StepData(
             batch,
             rows,
+            self._captions.caption_source[batch],
             parts,
             {number: self._ready(tokens.padded(captions[parts[number]])) for number in self._own(parts)},
             {name: self._ready(vectors[rows]) for name, vectors in self._vectors.items()},

@@ -130,12 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     found, expected = store.dim(contents["config"]["audio_encoder"]), contents["config"]["audio_dim"]
     if found != expected:
         raise UserError(f"{store.path}: expected vectors {expected} wide, as {args.checkpoint} has, found {found}")
-    text_encoder, projection, config = load_checkpoint(args.checkpoint, args.device)
-    evaluator = Evaluator(text_encoder, store, args.split, config)
-    metrics = evaluator.measure(text_encoder, projection)
-    path = write_report(
-        Path(args.checkpoint), config, store.header, contents.get("epoch", 0), evaluator, metrics, args.split
-    )
+    model = load_checkpoint(args.checkpoint, args.device, contents)
+    evaluator = Evaluator(model.text_encoder, store, args.split, model.config)
+    metrics = evaluator.measure(model.text_encoder, model.projection)
+    path = write_report(Path(args.checkpoint), model.config, store.header, model.epoch, evaluator, metrics, args.split)
     sys.stdout.write(f"written: {path}\n")
 
 
