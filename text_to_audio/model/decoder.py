@@ -52,22 +52,26 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        unit = x.float() if half else x
-        factor = unit.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-        unit = unit * factor
-        if half:
-            unit, factor = unit.to(x.dtype), factor.to(x.dtype)
+        wide = _wide(x)
+        factor = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        unit = _as(wide * factor, x.dtype)
         ctx.save_for_backward(unit, factor, weight)
         return unit if weight is None else unit * weight
 
     @staticmethod
     def backward(ctx, grad):
         unit, factor, weight = ctx.saved_tensors
-        if weight is not None:
-            grad = grad * weight
+        grad = _wide(grad if weight is None else grad * weight)
         along = (grad * unit).mean(-1, keepdim=True)
-        return torch.addcmul(grad, unit, along, value=-1).mul_(factor), None, None
+        return _as(torch.addcmul(grad, _wide(unit), along, value=-1).mul_(factor), unit.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:

@@ -59,7 +59,7 @@ def _is_known(layer: nn.Module) -> bool:
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_fn"}
     return (
         {name for name, _ in attention.named_children()} <= known
-        and getattr(attention, "sliding_window", None) is None
+        and getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is None
         and not getattr(attention, "attention_dropout", 0.0)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and hasattr(layer.input_layernorm, "variance_epsilon")

@@ -127,7 +127,8 @@ def propose(
             if known[size] <= room:
                 fewest = fewest_layers(each, measure, layers, room) if auto else None
                 recomputed = config.layers_recomputed(layers) if fewest is None else fewest
-                proposals[card] = Proposal(size, each.gradient_accumulation_steps, recomputed, known[size])
+                total = known[size] if fewest is None else measure(replace(each, recomputed_layers=fewest))
+                proposals[card] = Proposal(size, each.gradient_accumulation_steps, recomputed, total)
                 break
     return proposals
 
