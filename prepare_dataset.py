@@ -202,7 +202,7 @@ def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished,
     """Write one batch's recordings, then their states; they leave `rows`."""
     states = []
     for audio_id, result in finished:
-        split, row = rows.pop(audio_id)
+        split, row = rows.pop(str(audio_id))
         if isinstance(result, AudioError):
             reason, text = result.reason, str(result)
         elif all(work.write(split, row, encoder, vector) for encoder, vector in result.items()):

@@ -4,6 +4,7 @@ import argparse
 import math
 from logging import Logger
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -213,7 +214,7 @@ def train_step(run: StepModels, data: StepData) -> Tensor:
         every.requires_grad_()
         whole = run.losses(every, data, list(range(len(sizes))), candidates) / processes.count  # all add the same
         whole.sum().backward()
-        gradients = (processes.count * every.grad).split(sizes)
+        gradients = (processes.count * cast(Tensor, every.grad)).split(sizes)
         losses = whole.detach()
         for number in own:
             run.embed(data, number).backward(gradients[number])
@@ -224,9 +225,9 @@ def train_step(run: StepModels, data: StepData) -> Tensor:
     return losses
 
 
-def check_loss(run: Run, losses: Tensor) -> None:
+def check_loss(run: Run, losses: Tensor | float) -> None:
     """`UserError` where a loss is not finite, before anything of the step is kept."""
-    for space, loss in zip(run.spaces, losses.tolist(), strict=True):
+    for space, loss in zip(run.spaces, torch.as_tensor(losses).tolist(), strict=True):
         if not math.isfinite(loss):
             raise UserError(
                 f"step {run.step}: expected a finite loss in {space.name}, found {loss}; lower --lr and --text-lr, or "
@@ -265,7 +266,8 @@ def save_last(run: Run, scores: dict[str, dict[str, float]]) -> None:
     if not run.processes.is_main:
         return
     for space in run.spaces:
-        space.writer.flush()
+        if space.writer:
+            space.writer.flush()
     run.last.save(run_contents(run, scores))
 
 
@@ -278,8 +280,14 @@ def measure_best(run: Run, space: Space) -> dict[str, float]:
     metrics = test.measure(run.text_encoder, space.projection)
     if not run.processes.is_main:
         return metrics
-    log_results(space.writer, space.config, metrics, run.step)
-    entry = {**metrics, "gallery": len(test.gallery), "epoch": space.best.r1_epoch, "started": run.progress.started}
+    if space.writer:
+        log_results(space.writer, space.config, metrics, run.step)
+    entry: dict[str, object] = {
+        **metrics,
+        "gallery": len(test.gallery),
+        "epoch": space.best.r1_epoch,
+        "started": run.progress.started,
+    }
     summary = update_summary(Path(run.config.checkpoint_dir), space.name, entry)
     rows = by_subset({**metrics, "gallery": len(test.gallery)}, space.name)
     run.log.info(f"text -> audio on the test split, epoch {space.best.r1_epoch}\n{table_with_chance(rows)}")

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -134,9 +135,9 @@ class _Worker:
 def _deal(tracks: Iterator[tuple[Hashable, Path]], workers: list[_Worker]) -> Iterator[Event]:
     busy = {worker.pipe: worker for worker in workers if worker.give(tracks)}
     while busy:
-        for pipe in wait(list(busy)):
+        for pipe in cast(list[Connection], wait(list(busy))):
             try:
-                event = pipe.recv()
+                event: Event | UserError = pipe.recv()
             except (EOFError, OSError):
                 raise busy[pipe].gone() from None
             if isinstance(event, UserError):

@@ -44,7 +44,7 @@ def _encoded(encoder: AudioEmbeddingModel, windows: Iterator, batch_size: int) -
         yield encode()
 
 
-def _ahead(items: Iterator, depth: int) -> Iterator:
+def _ahead(items: TrackWindows, depth: int) -> Iterator:
     """The items, made by a thread that is at most `depth` ahead; an exception there is raised here."""
     made: queue.Queue = queue.Queue(depth)
     left = threading.Event()

@@ -101,14 +101,14 @@ def _look_at(path: Path, files: VectorFiles, moments: bool, changes: Changes) ->
     known = files.find(id=number)
     if known is not None and known.path != str(path):
         raise UserError(f"{path}: has the same id as {known.path}; rename one of them")
-    complete = known is not None and (not moments or files.has_windows(number))
-    if complete and (known.size, known.mtime_ns) == (state.st_size, state.st_mtime_ns):
+    complete = known if known is not None and (not moments or files.has_windows(number)) else None
+    if complete and (complete.size, complete.mtime_ns) == (state.st_size, state.st_mtime_ns):
         changes.unchanged += 1
         return
     digest, tags = content_hash(path), read_tags(path)
     track = Track(number, str(path), state.st_size, state.st_mtime_ns, digest, *vars(tags).values())
-    if complete and known.hash == digest:
-        files.put(replace(track, row=known.row, duration=known.duration))
+    if complete and complete.hash == digest:
+        files.put(replace(track, row=complete.row, duration=complete.duration))
         changes.touched += 1
         return
     twin = files.find(hash=digest)
@@ -233,7 +233,14 @@ def _changed(rows: Iterable[dict], versions: dict[int, int]) -> Iterator[dict]:
             yield row
 
 
-def _put(database: VectorDatabase, name: str, space: IndexSpace, source: np.ndarray, rows: Iterator[dict], step) -> int:
+def _put(
+    database: VectorDatabase,
+    name: str,
+    space: IndexSpace,
+    source: np.ndarray,
+    rows: Iterator[dict],
+    step: Callable[[int], object],
+) -> int:
     size, put = max(1, min(1000, _ROWS_AT_ONCE_ELEMENTS // space.audio_dim)), 0
     while batch := list(islice(rows, size)):
         vectors = space.audio(source[[row.pop("row") for row in batch]])
@@ -300,6 +307,7 @@ def _put_foreign(files: VectorFiles, row: dict, vector: np.ndarray) -> None:
         (number,) = files.write("vectors", vector[None])
     except ValueError as error:
         raise UserError(f"{row['path']}: {error}") from error
-    tags = [str(row.get("title") or path.stem), str(row.get("artist") or ""), str(row.get("album") or "")]
+    title, artist, album = (str(row.get(name) or "") for name in ("title", "artist", "album"))
     duration = float(row.get("duration") or 0)
-    files.put(Track(track_id(path), str(path), size, mtime, digest, *tags, duration, number), [])
+    track = Track(track_id(path), str(path), size, mtime, digest, title or path.stem, artist, album, duration, number)
+    files.put(track, [])

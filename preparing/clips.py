@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self, cast
 
 from common import hub
 from common.errors import UserError
@@ -99,16 +99,16 @@ class TarClips(ClipSource):
     def _members(self, raw: BinaryIO, open_ids: set[str], progress: Progress) -> Iterator[tuple[str, bytes]]:
         last = "the start"
         try:
-            stream = _plain_stream(raw)
+            stream = cast(BinaryIO, _plain_stream(raw))  # tarfile asks of a stream no more than `read`
             with tarfile.open(fileobj=stream, mode="r|", bufsize=_BUFFER, tarinfo=_StrictTarInfo) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # tarfile keeps every member for seeking back, which a stream cannot do
+                    tar.members = []  # type: ignore[attr-defined] # tarfile keeps every member for seeking back, which a stream cannot do
                     _refuse_unsafe(self.path, member)
                     last = member.name
                     audio_id = _wanted_id(member.name, open_ids) if member.isreg() else None
                     if audio_id is not None:
                         open_ids.remove(audio_id)
-                        content = tar.extractfile(member).read()
+                        content = cast(BinaryIO, tar.extractfile(member)).read()  # a regular file has some
                         yield audio_id, content
                     progress(raw.tell())
                     if not open_ids:
@@ -170,7 +170,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:

@@ -27,7 +27,7 @@ def open_dataset(
     """
     if dataset is None:
         # One commit for all files, whatever happens to a branch meanwhile. The pinned one needs no look-up.
-        commit = hub.resolved_revision(REPO_ID, revision or REVISION, repo_type="dataset")
+        commit = hub.resolved_revision(REPO_ID, revision or REVISION, repo_type="dataset") or REVISION
         files = [hub.fetch_file(REPO_ID, name, revision=commit, repo_type="dataset") for name in METADATA]
         clips: ClipSource = HubTarClips(REPO_ID, TAR, commit)
         recordings, dropped = build_recordings(rows_of(files), val_fraction, seed, limit)

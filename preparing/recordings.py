@@ -129,14 +129,13 @@ def build_recordings(
     if any(entry.split is None for entry in entries):
         _hold_out(entries, None, "test", val_fraction, seed)
         _hold_out(entries, None, "val", val_fraction / (1 - val_fraction), seed)
-        for entry in entries:
-            entry.split = entry.split or "train"
     elif all(entry.split != "val" for entry in entries):
         _hold_out(entries, "train", "val", val_fraction, seed)
     by_split: dict[str, list[Recording]] = {split: [] for split in SPLITS}
     for entry in entries:
         captions = tuple(Caption(kind, text) for (_, text), kind in entry.texts.items())
-        by_split[entry.split].append(Recording(entry.audio_id, entry.source_id, entry.split, captions))
+        split = entry.split or "train"
+        by_split[split].append(Recording(entry.audio_id, entry.source_id, split, captions))
     return [recording for split in SPLITS for recording in by_split[split][:limit]], dropped
 
 
@@ -162,7 +161,7 @@ def _merge(rows: Iterable[Row]) -> list[_Entry]:
 def _drop(entries: list[_Entry]) -> tuple[list[_Entry], dict[str, list[str]]]:
     """Leave out recordings whose source is in a more held-out split (test before val before train), or mute ones."""
     held_out = {split: {entry.source_id for entry in entries if entry.split == split} for split in ("val", "test")}
-    forbidden = {"train": held_out["val"] | held_out["test"], "val": held_out["test"]}
+    forbidden: dict[str | None, set[str]] = {"train": held_out["val"] | held_out["test"], "val": held_out["test"]}
     kept: list[_Entry] = []
     dropped: dict[str, list[str]] = {LEAK: [], NO_CAPTION: []}
     for entry in entries:

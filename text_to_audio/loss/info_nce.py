@@ -67,7 +67,7 @@ def loss_in_groups(
 
     similarity: (texts, their recordings). sizes: texts of each of the consecutive groups.
     """
-    total, start = 0.0, 0
+    total, start = similarity.new_zeros(()), 0
     for size in sizes:
         group = similarity[start : start + size, start : start + size]
         own = torch.arange(size, device=similarity.device)

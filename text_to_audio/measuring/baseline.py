@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
 
 from common.errors import UserError
@@ -88,7 +90,7 @@ def _frozen(text_encoder: TextEncoder) -> Iterator[None]:
     """The text encoder without LoRA and dropout, for a while."""
     training = text_encoder.training
     text_encoder.eval()
-    with text_encoder.model.disable_adapter():
+    with cast(PeftModel, text_encoder.model).disable_adapter():
         yield
     text_encoder.train(training)
 

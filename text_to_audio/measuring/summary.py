@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, run_script
 from common.files import Lock, publish
@@ -13,7 +14,7 @@ FILE_NAME = "training_summary.json"
 COLUMNS = ("t2a_R@1", "t2a_R@5", "t2a_R@10", "t2a_MRR", "t2a_median_rank")
 
 
-def update_summary(folder: Path, encoder: str, metrics: dict[str, float | int]) -> Path:
+def update_summary(folder: Path, encoder: str, metrics: dict[str, Any]) -> Path:
     """Put one encoder's entry into the folder's summary; the other encoders' entries stay. Returns its path.
 
     Processes that finish at the same time wait for each other. `UserError` where the file there is not JSON or cannot

@@ -83,7 +83,9 @@ def resolved_pooling(config: TrainingConfig) -> str:
     return model_pooling(config.text_model, folder, text_config)
 
 
-def _text_part(name: str, config: PretrainedConfig) -> tuple[type, PretrainedConfig]:
+def _text_part(
+    name: str, config: PretrainedConfig
+) -> tuple[type[AutoModel | AutoModelForTextEncoding], PretrainedConfig]:
     """The automatic class and the config that load a model's text encoder, which may be a part of it.
 
     Of an encoder-decoder that is its encoder, where transformers can load that alone (T5); of a model with more than

@@ -135,10 +135,13 @@ def log_validation(writer: SummaryWriter, evaluator: Evaluator, metrics: dict[st
     """The metrics of the evaluator's last measurement, histograms of its cosines, and its best and worst queries."""
     for name, value in metrics.items():
         writer.add_scalar(f"val/{name}", value, step)
-    edges, positive, negative = similarity_counts(evaluator.latest, evaluator.gallery)
+    scores = evaluator.latest
+    if scores is None:
+        raise ValueError("the evaluator has not measured anything yet")
+    edges, positive, negative = similarity_counts(scores, evaluator.gallery)
     _add_histogram(writer, "val/similarity/positives", edges, positive, step)
     _add_histogram(writer, "val/similarity/negatives", edges, negative, step)
-    best, worst = best_and_worst(evaluator.latest, evaluator.gallery, evaluator.audio_id)
+    best, worst = best_and_worst(scores, evaluator.gallery, evaluator.audio_id)
     writer.add_text("val/queries/best", _as_markdown(best), step)
     writer.add_text("val/queries/worst", _as_markdown(worst), step)
 
@@ -150,7 +153,7 @@ def log_results(writer: SummaryWriter, config: TrainingConfig, metrics: dict[str
     settings = {name: value for name, value in asdict(config).items() if isinstance(value, int | float | str)}
     # add_hparams would open another run; these three summaries go beside the scalars that they name
     for summary in hparams(settings, {f"test/{name}": value for name, value in metrics.items()}):
-        writer.file_writer.add_summary(summary)
+        writer._get_file_writer().add_summary(summary)
     writer.flush()
 
 

@@ -86,7 +86,7 @@ def gradient_norms(text_encoder: nn.Module, heads: dict[str, nn.Module]) -> dict
             modules.setdefault(f"lora/{module}", []).append(parameter.grad)
     for name, head in heads.items():
         modules[f"head/{name}"] = [each.grad for each in head.parameters() if each.grad is not None]
-    squares = torch.stack([sum(grad.square().sum() for grad in grads) for grads in modules.values()])
-    squares = dict(zip(modules, squares.tolist(), strict=True))  # one transfer from the device
+    sums = torch.stack([torch.stack([grad.square().sum() for grad in grads]).sum() for grads in modules.values()])
+    squares = dict(zip(modules, sums.tolist(), strict=True))  # one transfer from the device
     total = math.sqrt(sum(value for name, value in squares.items() if name.startswith("lora/")))
     return {"lora": total, **{name: math.sqrt(value) for name, value in squares.items()}}

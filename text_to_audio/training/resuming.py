@@ -290,7 +290,7 @@ def _move(last: Path, names: Iterable[str]) -> Path:
 
 def _first_whole(paths: list[Path]) -> tuple[Checkpoint | None, str]:
     """The first of these checkpoints that can be read, and what is wrong with the others."""
-    faults = []
+    faults: list[str] = []
     for path in paths:
         try:
             return _read(path), "; ".join(faults)

@@ -1,6 +1,7 @@
 """What checkpoints hold of a run, and how a run is put back from one."""
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def run_contents(run: Run, scores: dict[str, dict[str, float]]) -> dict:
 
     scores: the validation's, by space. Where the run trains one space, its checkpoint for use is part of it.
     """
-    whole = {"step": run.step, "epoch": run.progress.epoch}
+    whole: dict[str, Any] = {"step": run.step, "epoch": run.progress.epoch}
     if len(run.spaces) == 1:
         whole |= space_contents(run, run.spaces[0], scores.get(run.spaces[0].name, {}))
     else:

@@ -145,7 +145,7 @@ def build_spaces(
     processes: Processes,
 ) -> list[Space]:
     """A head, temperature, recordings and validation for each audio space of the config."""
-    spaces = []
+    spaces: list[Space] = []
     for name in config.audio_encoders:
         own = replace(config, audio_encoder=name, audio_dim=store.dim(name))
         projection = build_projection(own, store)
