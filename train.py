@@ -116,7 +116,7 @@ def report_baseline(run: Run) -> None:
         tokens = tests[0].tokens if tests else None
         tests.append(Evaluator(run.text_encoder, run.store, "test", space.config, run.processes, tokens))
     caches = run.tokens, run.spaces[0].validation.tokens, tests[0].tokens
-    texts = embed_frozen(run.text_encoder, caches, run.config.batch_size, run.processes)
+    texts = embed_frozen(run.text_encoder, caches, run.processes)
     for space, test in zip(run.spaces, tests, strict=True):
         metrics, penalty = ridge_metrics(texts, space.projection, run.captions, space.vectors, space.validation, test)
         rows = by_subset({**metrics, "gallery": len(test.gallery)}, f"{space.name} ridge")

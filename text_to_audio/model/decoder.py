@@ -27,12 +27,12 @@ class LayerShape(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """The projections of one input: see `LoraProjection`."""
+    """The projections of one input: see `LoraProjection`. a, b_t: None without LoRA."""
 
     weight: Tensor
     bias: Tensor | None
-    a: Tensor
-    b_t: Tensor
+    a: Tensor | None
+    b_t: Tensor | None
 
 
 class LayerWeights(NamedTuple):
@@ -111,6 +111,13 @@ class SwiGLU(torch.autograd.Function):
         return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), -1)
 
 
+def project(x: Tensor, weights: Projection, dropout: float) -> Tensor:
+    """The projections of (tokens, inputs)."""
+    if weights.a is None:
+        return F.linear(x, weights.weight, weights.bias)
+    return LoraProjection.apply(x, *weights, dropout)
+
+
 def rotary_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """For `Rotary`, from transformers' cosines and sines (1, length, head_dim): (length, 1, head_dim) each."""
     half = sin.shape[-1] // 2
@@ -128,11 +135,11 @@ def decoder_layer(
     """
     batch, length, width = hidden.shape
     hidden = hidden.view(-1, width)
-    qkv = LoraProjection.apply(rms_norm(hidden, weights.before_attention, shape.epsilon), *weights.qkv, dropout)
+    qkv = project(rms_norm(hidden, weights.before_attention, shape.epsilon), weights.qkv, dropout)
     attended = attention(qkv.view(batch, length, -1, shape.head_dim), cos, sin, weights.head_norm, shape)
-    hidden = hidden + LoraProjection.apply(attended, *weights.out, dropout)
-    gate_up = LoraProjection.apply(rms_norm(hidden, weights.before_mlp, shape.epsilon), *weights.gate_up, dropout)
-    hidden = hidden + LoraProjection.apply(SwiGLU.apply(gate_up), *weights.down, dropout)
+    hidden = hidden + project(attended, weights.out, dropout)
+    gate_up = project(rms_norm(hidden, weights.before_mlp, shape.epsilon), weights.gate_up, dropout)
+    hidden = hidden + project(SwiGLU.apply(gate_up), weights.down, dropout)
     return hidden.view(batch, length, width)
 
 

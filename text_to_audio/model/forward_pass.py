@@ -5,7 +5,7 @@ The PEFT model keeps its modules, names and weights; only what is computed with 
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from typing import Protocol
 
 import torch
@@ -117,7 +117,8 @@ class DecoderPass:
                 for dimension in range(dimensions):
                     torch._dynamo.maybe_mark_dynamic(each, dimension)
         dropout = self.dropout if training else 0.0
-        copies = iter(self.copies.make(hidden.dtype))
+        without_lora = self.groups[0].layers[0].disable_adapters
+        copies = repeat((None, None)) if without_lora else iter(self.copies.make(hidden.dtype))
         groups = iter(self.groups)
         for number, norms in enumerate(self.norms):
             parts = [Projection(group.weight, group.bias, *next(copies)) for group in islice(groups, 4)]
@@ -160,6 +161,8 @@ class ModulePass:
             group.tie()
 
     def _project(self, number: int, layer: nn.Module, x: Tensor) -> Tensor:
+        if layer.disable_adapters:
+            return layer.get_base_layer()(x)
         group = self.groups[number]
         dropout = _dropout(layer) if layer.training else 0.0
         flat = x.to(group.weight.dtype).flatten(0, -2)

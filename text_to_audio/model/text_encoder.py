@@ -15,6 +15,7 @@ from text_to_audio.model.pooling import POOLS, family_pooling
 from text_to_audio.model.pretrained import Pretrained, load_pretrained
 
 POSITION_EMBEDDINGS = {"position_embeddings", "position_embedding", "wpe"}  # as the families call them
+EMBEDDED_TOKENS = 8192  # in one pass without gradients: enough to keep a large GPU busy
 TASK = "Given a description of music, find the recordings that it describes"
 
 
@@ -93,6 +94,20 @@ class TextEncoder(nn.Module):
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
+
+
+def token_batches(lengths: np.ndarray, budget: int = EMBEDDED_TOKENS) -> list[np.ndarray]:
+    """Texts of these lengths in batches of like lengths and at most `budget` tokens, padding included; at least one.
+
+    Returns arrays of the texts' numbers, the shortest texts first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    starts, start = [], 0
+    for i, length in enumerate(lengths[order].tolist()):
+        if i > start and (i + 1 - start) * length > budget:
+            starts.append(i)
+            start = i
+    return np.split(order, starts) if len(order) else []
 
 
 def pad_tokens(rows: list[np.ndarray], pad_token: int) -> Tensor:
