@@ -1,0 +1,124 @@
+"""train.py's step, validation and a query at the size of Qwen3-Embedding-4B, beside the plan and a plain PEFT loop."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from benchmarks.card.models import made_on_the_device
+from benchmarks.card.plain_peft import PlainLoop
+from benchmarks.card.timing import forget, peak_gib, seconds_of
+from store.reading import EmbeddingStore
+from text_to_audio.config import TrainingConfig
+from text_to_audio.loading.batches import plan_epoch
+from text_to_audio.model.inference import embed_text_query
+from text_to_audio.planning.plan import make_plan
+from text_to_audio.training.training_run import Run
+
+LINEAR_WEIGHTS = 3.63e9  # of the frozen linear layers of Qwen3-Embedding-4B: what a token is multiplied with
+QUERY = "calm piano with soft strings"
+
+Row = tuple[str, dict[str, float]]
+
+
+def configs(store: Path, text_model: Path, folder: Path, device: torch.device) -> dict[str, TrainingConfig]:
+    """The runs that are measured, by name."""
+    base = TrainingConfig(
+        "mert",
+        data_path=str(store),
+        text_model=str(text_model),
+        device=str(device),
+        log_dir=str(folder / "logs"),
+        checkpoint_dir=str(folder / "checkpoints"),
+    )
+    return {
+        "default": base,
+        "three spaces jointly": replace(base, audio_encoder="latent muq mert"),
+        "bank, same source positive": replace(base, audio_negatives="bank", same_source="positive"),
+        "gradient caching": replace(base, text_negatives="batch"),
+        "32 GB stated": replace(base, memory_gb=32),
+        "16 GB stated": replace(base, memory_gb=16),
+    }
+
+
+def prepared(config: TrainingConfig) -> Run:
+    """A run of train.py in training mode, with random weights made on its device."""
+    with made_on_the_device():
+        run = train.prepare(train.decided(config), logging.getLogger("gpu"))
+    for module in run.modules():
+        module.train()
+    return run
+
+
+def steps_of(run: Run, count: int) -> Iterator[int]:
+    """Whole optimizer steps of train.py on batches of the first epoch; the tokens of each, without padding."""
+    plan = plan_epoch(run.captions.caption_source, run.config.effective_batch_size, run.config.seed, 1)
+    for number in range(count):
+        data = run.reader.read(run.step, plan[number % len(plan)])
+        train.train_step(run, data)
+        run.optimizer.step()
+        run.schedule.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        yield data.token_count[0]
+
+
+def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int) -> Iterator[Row]:
+    """Seconds a step, tokens/s, share of the bf16 ceiling in useful arithmetic, and the peak beside the plan's."""
+    for name, config in chosen.items():
+        device = config.torch_device
+        forget(device)
+        run = prepared(config)
+        batches = steps_of(run, rounds + 2)
+        tokens = []
+        first = seconds_of(lambda batches=batches: tokens.append(next(batches)), device, 1, 0)
+        seconds = seconds_of(lambda batches=batches, tokens=tokens: tokens.append(next(batches)), device, rounds, 1)
+        mean = float(np.mean(tokens))
+        found = {
+            "s/step": seconds,
+            "first step, s": first,
+            "tokens/s": mean / seconds,
+            "share of ceiling": 4 * LINEAR_WEIGHTS * mean / seconds / ceiling / 1e12,
+            "peak GiB": peak_gib(device),
+        }
+        if name == "default":
+            found |= measure_answers(run, device)
+        for space in run.spaces:
+            space.writer.close()
+        del run, batches
+        forget(device)
+        with made_on_the_device():
+            found["plan GiB"] = make_plan(config, train.train_step).footprint.total / 2**30
+        yield f"step, {name}", found
+
+
+def measure_answers(run: Run, device: torch.device) -> dict[str, float]:
+    """Validation captions a second, and milliseconds of one text query, both with the run's own models."""
+    validation, space = run.spaces[0].validation, run.spaces[0]
+    captions = len(validation.gallery.captions)
+    validating = captions / seconds_of(lambda: validation.embed(run.text_encoder), device, 1, 1)
+
+    def ask() -> None:
+        embed_text_query(QUERY, run.text_encoder, space.projection, str(device))
+
+    return {"validation, captions/s": validating, "query, ms": 1000 * seconds_of(ask, device, 20, 3)}
+
+
+def measure_plain_loop(config: TrainingConfig, rounds: int) -> Row:
+    """The same step by a plain PEFT loop on the same captions, as one would write it."""
+    device = config.torch_device
+    forget(device)
+    split, loop = EmbeddingStore(config.data_path).split("train"), PlainLoop(Path(config.text_model), 76_800, device)
+    order = iter(np.random.default_rng(0).permutation(len(split.caption)).tolist() * (rounds + 1))
+    vectors = torch.randn(config.batch_size, 76_800)
+
+    def step() -> None:
+        parts = range(config.gradient_accumulation_steps)
+        texts = [[split.caption[next(order)] for _ in range(config.batch_size)] for _ in parts]
+        loop.step(texts, [vectors for _ in parts])
+
+    return "step, plain PEFT loop", {"s/step": seconds_of(step, device, rounds, 1), "peak GiB": peak_gib(device)}
