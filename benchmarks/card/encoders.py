@@ -81,21 +81,19 @@ def measure_preparing(
     models: Path, table: Path, out: Path, device: torch.device, clips: int, workers: int
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """prepare_dataset.py from end to end in each precision: clips/s with and without loading, seconds of each stage."""
+    shared = f"--dataset {table} --device {device} --num-workers {workers} --batch-size 32"
+    shared += f" --muq-model {models / 'muq_mulan'} --muq-backbone {models / 'muq_large'}"
+    shared += f" --mert-model {models / 'mert'} --latent-model {models / 'music2latent'}"
     for dtype in PRECISIONS:
         forget(device)
-        words = (
-            f"--dataset {table} --output-dir {out / dtype} --device {device} --dtype {dtype} --num-workers {workers}"
-        )
-        words += f" --muq-model {models / 'muq_mulan'} --muq-backbone {models / 'muq_large'}"
-        words += f" --mert-model {models / 'mert'} --latent-model {models / 'music2latent'} --batch-size 32"
-        log = Path("prepare_dataset.log")
-        before = len(log.read_text()) if log.exists() else 0
         start = time.perf_counter()
-        prepare_dataset.main(words.split())
+        prepare_dataset.main(f"{shared} --output-dir {out / dtype} --dtype {dtype}".split())
         whole = time.perf_counter() - start
-        line = [each for each in log.read_text()[before:].splitlines() if "seconds  " in each][-1]
-        stages = {
-            name.strip(): float(value)
-            for name, value in re.findall(r"([a-z ()]+) ([\d.]+)", line.split("seconds  ")[1])
-        }
-        yield f"prepare {dtype}", {"clips/s": clips / whole, "peak GiB": peak_gib(device), **stages}
+        yield f"prepare {dtype}", {"clips/s": clips / whole, "peak GiB": peak_gib(device), **last_stages()}
+
+
+def last_stages() -> dict[str, float]:
+    """Seconds of each stage of the last prepare_dataset.py, from the closing line of its log."""
+    lines = [line for line in Path("prepare_dataset.log").read_text().splitlines() if "seconds  " in line]
+    stages = re.findall(r"([a-z0-9 ()]+) ([\d.]+)", lines[-1].split("seconds  ")[1])
+    return {name.strip(): float(value) for name, value in stages}

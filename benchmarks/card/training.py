@@ -54,17 +54,24 @@ def prepared(config: TrainingConfig) -> Run:
     return run
 
 
-def steps_of(run: Run, count: int) -> Iterator[int]:
-    """Whole optimizer steps of train.py on batches of the first epoch; the tokens of each, without padding."""
-    plan = plan_epoch(run.captions.caption_source, run.config.effective_batch_size, run.config.seed, 1)
-    for number in range(count):
-        data = run.reader.read(run.step, plan[number % len(plan)])
+class Steps:
+    """Whole optimizer steps of train.py on batches of the first epoch. tokens: of each step, without padding."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._plan = plan_epoch(run.captions.caption_source, run.config.effective_batch_size, run.config.seed, 1)
+        self.tokens: list[int] = []
+
+    def take(self) -> None:
+        """One step."""
+        run = self._run
+        data = run.reader.read(run.step, self._plan[run.step % len(self._plan)])
         train.train_step(run, data)
         run.optimizer.step()
         run.schedule.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
-        yield data.token_count[0]
+        self.tokens.append(data.token_count[0])
 
 
 def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int) -> Iterator[Row]:
@@ -73,11 +80,10 @@ def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int
         device = config.torch_device
         forget(device)
         run = prepared(config)
-        batches = steps_of(run, rounds + 2)
-        tokens = []
-        first = seconds_of(lambda batches=batches: tokens.append(next(batches)), device, 1, 0)
-        seconds = seconds_of(lambda batches=batches, tokens=tokens: tokens.append(next(batches)), device, rounds, 1)
-        mean = float(np.mean(tokens))
+        steps = Steps(run)
+        first = seconds_of(steps.take, device, 1, 0)
+        seconds = seconds_of(steps.take, device, rounds, 1)
+        mean = float(np.mean(steps.tokens))
         found = {
             "s/step": seconds,
             "first step, s": first,
@@ -89,7 +95,7 @@ def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int
             found |= measure_answers(run, device)
         for space in run.spaces:
             space.writer.close()
-        del run, batches
+        del run, steps
         forget(device)
         with made_on_the_device():
             found["plan GiB"] = make_plan(config, train.train_step).footprint.total / 2**30
