@@ -1,4 +1,4 @@
-# The two commands of a fresh clone are `make demo` and `make test`; `make check` is the style check.
+# The two commands of a fresh clone are `make demo` and `make test`; `make check` is the check of style and types.
 # Everything is installed into .venv. Extra words for pip go into PIP_ARGS (README.md, "Installation").
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check clean
+.PHONY: demo test check types clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements_training.txt constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-for-tests: $(VENV)/.installed
-	$(PIP_INSTALL) pytest ruff
+	$(PIP_INSTALL) pytest ruff mypy
 	$(PIP_INSTALL) --no-deps music2latent==0.1.8
 	touch $@
 
@@ -36,5 +36,8 @@ check: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(VENV)/.installed-for-tests
+	$(BIN)/mypy
+
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache

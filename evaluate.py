@@ -90,11 +90,10 @@ def beside_exact(recall: dict[str, float], exact: dict[str, float], arguments: a
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Print the metrics and return them, unrounded."""
     arguments = build_parser().parse_args(argv)
-    stored = read_checkpoint(arguments.checkpoint)["config"]
-    store = open_store(
-        arguments.checkpoint, TrainingConfig.from_dict(stored, arguments.checkpoint), arguments.data_path
-    )
-    text_encoder, projection, config = load_checkpoint(arguments.checkpoint, arguments.device)
+    contents = read_checkpoint(arguments.checkpoint)
+    stored = TrainingConfig.from_dict(contents["config"], arguments.checkpoint)
+    store = open_store(arguments.checkpoint, stored, arguments.data_path)
+    text_encoder, projection, config = load_checkpoint(arguments.checkpoint, arguments.device, contents)
     evaluator = Evaluator(text_encoder, store, arguments.split, config)
     text = evaluator.embed(text_encoder)
     metrics = evaluator.measure(text_encoder, projection, text=text)

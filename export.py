@@ -76,10 +76,10 @@ def write_adapter(folder: Path, contents: dict, config: TrainingConfig) -> None:
         base_model_name_or_path=config.text_model,
         inference_mode=True,
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float serves as well
         lora_dropout=config.lora_dropout,
         target_modules=sorted(names),  # full names, so that a pooler's layers are not meant
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     weights = {name.replace(".default.", "."): value.contiguous() for name, value in state.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

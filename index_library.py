@@ -10,16 +10,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError, run_script
+from common.files import Lock
 from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
-from embedding_models.track_workers import EncoderSpec, embed_tracks
+from embedding_models.registry import EncoderSpec, add_encoder_flags, find_encoder, model_flag, spec_from_flags
+from embedding_models.track_workers import embed_tracks
+from music_library.flags import add_library_flags
 from music_library.index_space import IndexSpace, read_head
 from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
-from music_library.searching import DEFAULT_URI
 from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
 from music_library.vector_files import Track, VectorFiles, vectors_folder
-from preparing.work_file import Lock
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.head import ProjectionHead
 
@@ -44,11 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("music_dir", nargs="?", metavar="MUSIC_DIR", help="folder with the music; it may change from run to run")
-    add("--checkpoint", metavar="FILE", help="a checkpoint of train.py, whose audio space is indexed")
     add("--audio-encoder", metavar="NAME", help="short for --checkpoint checkpoints/NAME_best_r1.pt")
-    add("--milvus-uri", default=DEFAULT_URI, help="folder of Milvus Lite, or a server's address (%(default)s)")
-    add("--milvus-token", help="token of the server, or user:password")
-    add("--vectors-dir", metavar="DIR", help="where plain vectors are kept (beside the index: data/library.vectors)")
+    add_library_flags(parser, None)
     add("--moments", action="store_true", help="also index every ten seconds, to find moments inside tracks")
     add("--prune", action="store_true", help="take out tracks that are no longer in MUSIC_DIR")
     add("--reindex", action="store_true", help="make the index anew from the plain vectors, as for a new checkpoint")
@@ -59,10 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--index-params", type=_json, metavar="JSON", help="such as '{\"nlist\": 1024}'; used when an index is made")
     add("--search-params", type=_json, metavar="JSON", help="such as '{\"nprobe\": 64}'; used when an index is made")
     add("--narrow", action="store_true", help="the narrow form for any width (it is used above 32,768 dimensions)")
-    for flag, name in (("muq", "MuQ-MuLan"), ("mert", "MERT"), ("latent", "Music2Latent")):
-        add(f"--{flag}-model", help=f"hub id or folder of {name} (the one the checkpoint names)")
-    add("--muq-backbone", help="hub id or folder with the config.json of MuQ-MuLan's MuQ (the one it names)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add_encoder_flags(parser, "the one the checkpoint names")
     add("--dtype", choices=("float32", "float16"), default="float32", help="precision of the encoder (%(default)s)")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--encoder-processes", type=int, default=1, help="processes that decode and encode (%(default)s)")
@@ -99,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         space, choice = open_space(args, config.audio_encoder, head, about, files.folder)
         if args.from_collection:
             take_over(args, config, files, log)
-        left_out = update(args, config, files, moments, log) if args.music_dir else 0
+        left_out = update(args, config, audio_space, files, moments, log) if args.music_dir else 0
         put_in(args, files, space, choice, moments, log)
     if left_out:
         log.info("files left out: %d; index_library.log names each", left_out)
@@ -193,19 +188,20 @@ def take_over(args: argparse.Namespace, config: TrainingConfig, files: VectorFil
     log.info("%s: %s tracks of %r, taken to be of this recipe", uri, f"{taken:,}", args.from_collection)
 
 
-def load_encoder(args: argparse.Namespace, config: TrainingConfig) -> tuple[EncoderSpec, AudioEmbeddingModel]:
-    """The encoder the checkpoint names, or the one of the flags; `UserError` where its width is another."""
-    name = config.audio_encoder
-    _, _, recorded = read_head(args.checkpoint)
-    given = getattr(args, f"{name}_model", None)
-    spec = EncoderSpec(
-        name, given or recorded["id"], args.muq_backbone, None if given else recorded.get("revision"),
-        args.device, args.dtype,
-    )  # fmt: skip
+def load_encoder(
+    args: argparse.Namespace, config: TrainingConfig, recorded: dict
+) -> tuple[EncoderSpec, AudioEmbeddingModel]:
+    """The encoder the checkpoint names, or the one of the flags; `UserError` where its width is another.
+
+    recorded: what the checkpoint says of its audio space.
+    """
+    entry = find_encoder(config.audio_encoder)
+    spec = spec_from_flags(args, entry, args.device, args.dtype, recorded["id"], recorded.get("revision"))
     try:
         encoder = spec.load()
     except UserError as error:
-        hint = "" if given else f"; the checkpoint names this encoder, --{name}-model says where else it is"
+        given = model_flag(args, entry)
+        hint = "" if given else f"; the checkpoint names this encoder, --{entry.name}-model says where else it is"
         raise UserError(f"{error}{hint}") from error
     if encoder.dim != config.audio_dim:
         raise UserError(
@@ -215,32 +211,40 @@ def load_encoder(args: argparse.Namespace, config: TrainingConfig) -> tuple[Enco
     return spec, encoder
 
 
-def update(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, moments: bool, log: Logger) -> int:
+def update(
+    args: argparse.Namespace, config: TrainingConfig, recorded: dict, files: VectorFiles, moments: bool, log: Logger
+) -> int:
     """Bring the plain vectors up to date with the folder; returns how many files were left out."""
     folder = Path(args.music_dir)
     with tqdm(unit="file", desc="looking") as bar:
         changes = look_through(folder, files, moments, bar.update)
     if not changes.present:
         raise UserError(f"{folder}: expected audio files, found none")
-    for line in changes.left_out:
+    for line in changes.lines():
         log.warning("left out %s", line)
     log.info(
         "%s: %d unchanged, %d touched, %d moved or copied, %d to be embedded",
         folder, changes.unchanged, changes.touched, changes.moved, len(changes.todo),
     )  # fmt: skip
-    left_out = len(changes.left_out)
+    left_out = changes.count_left_out
     if changes.todo:
-        left_out += embed(args, config, files, changes.todo, moments, log)
+        left_out += embed(args, config, recorded, files, changes.todo, moments, log)
     if args.prune:
-        log.info("pruned %d tracks that are no longer there", prune(folder, files, changes))
+        log.info("pruned %d tracks that are no longer there", prune(files, changes))
     return left_out
 
 
 def embed(
-    args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, todo: list[Track], moments: bool, log: Logger
+    args: argparse.Namespace,
+    config: TrainingConfig,
+    recorded: dict,
+    files: VectorFiles,
+    todo: list[Track],
+    moments: bool,
+    log: Logger,
 ) -> int:
     """Embed the tracks that need it; returns how many could not be."""
-    spec, encoder = load_encoder(args, config)
+    spec, encoder = load_encoder(args, config, recorded)
     tracks = {track.id: track for track in todo}
     paths = ((track.id, Path(track.path)) for track in todo)
     events = embed_tracks(paths, encoder, spec, args.encoder_processes, args.batch_size, moments)

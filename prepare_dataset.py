@@ -1,33 +1,33 @@
-"""Embed MusicBench, or one's own recordings, with the three frozen audio encoders: audio -> embeddings.h5."""
+"""Embed MusicBench, or one's own recordings, with frozen audio encoders: audio -> embeddings.h5."""
 
 import argparse
 import errno
 import os
 import time
-from collections import Counter
 from logging import Logger
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common import hub
 from common.errors import UserError, run_script
+from common.files import Lock
 from common.logs import start_log
-from embedding_models import AudioError, MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
-from embedding_models.base import AudioEmbeddingModel, choose_device
-from embedding_models.costs import PUBLISHED, matmul_tflops
+from embedding_models.audio import AudioError
+from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
+from embedding_models.registry import DEFAULTS, ENCODERS, add_encoder_flags, spec_from_flags
+from preparing.log_lines import log_dataset, log_store
 from preparing.merging import finish
-from preparing.musicbench import PUBLISHED_ROWS, download_sizes, open_dataset
+from preparing.opening import open_dataset
+from preparing.plan import plan_lines
 from preparing.recordings import Dataset
 from preparing.shards import check_finished, discard, open_shard
-from preparing.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile
+from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
 from store.reading import SPLITS, EmbeddingStore, StoreHeader
 from store.verifying import faults
 
-ENCODERS = ("muq", "mert", "latent")
 LINE_EVERY = 60.0  # seconds between lines of progress in the log
 EXAMPLES = """examples:
   python prepare_dataset.py --plan
@@ -38,7 +38,8 @@ EXAMPLES = """examples:
   python prepare_dataset.py --verify data/musicbench_embeddings/embeddings.h5
 
 The same command goes on where it was stopped."""
-DTYPE_HELP = "type of the vectors; float16: MERT and Music2Latent in half precision on CUDA (%(default)s)"
+DTYPE_HELP = "type of the vectors; float16: encoders that bear it compute in half precision on CUDA (%(default)s)"
+ENCODERS_HELP = f"which encoders ({' '.join(DEFAULTS)})"
 DATASET_HELP = (
     "a folder with MusicBench's files, or a table (JSON Lines, CSV, Parquet) of your own recordings; "
     "without it MusicBench is downloaded"
@@ -56,10 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "float16"), default="float32", help=DTYPE_HELP)
     add("--dataset", help=DATASET_HELP)
     add("--revision", help="MusicBench's revision on the hub (a pinned one)")
-    add("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS), help="which encoders (all three)")
-    for flag, name in (("muq", "MuQ-MuLan"), ("mert", "MERT"), ("latent", "Music2Latent")):
-        add(f"--{flag}-model", help=f"hub id or folder of {name} (the published one)")
-    add("--muq-backbone", help="hub id or folder with the config.json of MuQ-MuLan's MuQ (the one it names)")
+    add("--encoders", nargs="+", choices=tuple(ENCODERS), default=DEFAULTS, help=ENCODERS_HELP)
+    add_encoder_flags(parser, "the published one")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--num-workers", type=int, default=os.cpu_count() or 1, help="decoding threads (%(default)s)")
     add("--val-fraction", type=float, default=0.1, help="share of train that is validation (%(default)s)")
@@ -80,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.verify)
     check_arguments(args)
     if args.plan:
-        print_plan(args)
+        for line in plan_lines(args):
+            print(line)
         return 0
     folder = Path(args.output_dir)
     try:
@@ -122,83 +122,29 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace, folder: Path, log: Logger) -> int:
     """Compute this process's shard, and the store once every shard is done."""
-    started = time.perf_counter()
+    started, seconds = time.perf_counter(), StageSeconds()
     target = folder / "embeddings.h5"
     if args.overwrite:
         discard(folder, args.split_id, args.num_splits)
     dataset = open_dataset(args.dataset, args.revision, args.val_fraction, args.seed, args.limit)
-    report_dataset(dataset, log)
-    encoders = load_encoders(args)
+    log_dataset(dataset, log)
+    specs = [spec_from_flags(args, e, args.device, args.dtype) for e in ENCODERS.values() if e.name in args.encoders]
+    encoders = [spec.load() for spec in specs]  # in the registry's order, which is the store's
     header = describe(dataset, encoders, args)
     if target.exists():
         check_finished(target, header, dataset)
         log.info("%s is complete already", target)
-        return closing_table(target, StageSeconds(), started, log)
-    seconds = StageSeconds()
+        log_store(target, seconds, time.perf_counter() - started, log)
+        return 0
     work = open_shard(folder, header, dataset, args.split_id, args.num_splits)
     if work is not None:  # None: killed at the last step, only the rename is left
         try:
             embed(work, dataset, encoders, args, seconds, log)
         finally:
             work.close()
-    if finish(folder, args.num_splits, log.info) is None:
-        return 0
-    return closing_table(target, seconds, started, log)
-
-
-def print_plan(args: argparse.Namespace) -> None:
-    """Print what a run with these arguments downloads, writes and takes; fetches nothing."""
-    if args.dataset:
-        recordings = len(open_dataset(args.dataset, None, args.val_fraction, args.seed, args.limit).recordings)
-        downloads = {}
-    else:
-        recordings = sum(PUBLISHED_ROWS.values())
-        downloads, origin = download_sizes(args.revision)
-        print(f"data set    MusicBench, CC-BY-SA-3.0, {recordings:,} recordings ({origin})")
-    for name in args.encoders:
-        published, model = PUBLISHED[name], getattr(args, f"{name}_model")
-        print(f"encoder     {name}: {model or published.model}, weights {published.licence} (non-commercial)")
-        if model is None:
-            downloads |= weights_sizes(name)
-    for name, size in downloads.items():
-        print(
-            f"download    {name}: {'size unknown, the hub did not answer' if size is None else f'{size / 1e9:.2f} GB'}"
-        )
-    itemsize = np.dtype(args.dtype).itemsize
-    store = recordings * itemsize * sum(PUBLISHED[name].dim for name in args.encoders)
-    print(f"disk        store {store / 1e9:.1f} GB in {args.output_dir} at published widths; as much again while")
-    print("            shards are merged, or where recordings were skipped and the rest is copied")
-    device = choose_device(args.device)
-    speed = matmul_tflops(device)
-    hours = recordings * sum(PUBLISHED[name].tflop for name in args.encoders) / speed / 3600
-    print(f"time        about {hours:,.1f} h in one process on {device} ({speed:.2f} TFLOP/s in float32 just now); an")
-    print("            estimate from times measured on a CPU, so rough for a GPU, where decoding may set the pace")
-
-
-def weights_sizes(name: str) -> dict[str, int | None]:
-    """Bytes of a published encoder's files, asked of the hub; None where it does not answer."""
-    published = PUBLISHED[name]
-    try:
-        sizes = hub.file_sizes(published.model, list(published.files))
-    except UserError:
-        return {published.model: None}
-    return {f"{published.model} {file}": size for file, size in sizes.items()}
-
-
-def load_encoders(args: argparse.Namespace) -> list[AudioEmbeddingModel]:
-    """Load the encoders that were asked for, in a fixed order."""
-    shared = {"device": args.device, "precision": args.dtype}
-    classes = {"muq": MuQEmbeddingModel, "mert": MertModel, "latent": MusicLatentSpaceModel}
-    encoders = []
-    for name in ENCODERS:
-        if name not in args.encoders:
-            continue
-        model = getattr(args, f"{name}_model")
-        options = shared | ({"model": model} if model else {})
-        if name == "muq":
-            options["backbone"] = args.muq_backbone
-        encoders.append(classes[name](**options))
-    return encoders
+    if finish(folder, args.num_splits, log.info) is not None:  # None: other shards are still at work
+        log_store(target, seconds, time.perf_counter() - started, log)
+    return 0
 
 
 def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argparse.Namespace) -> StoreHeader:
@@ -214,15 +160,6 @@ def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argpar
         for encoder in encoders
     }
     return StoreHeader(dataset.name, dataset.revision, args.seed, args.dtype, entries)
-
-
-def report_dataset(dataset: Dataset, log: Logger) -> None:
-    """Say what was found in the metadata."""
-    counts = Counter(recording.split for recording in dataset.recordings)
-    log.info("%s: %s recordings", dataset.name, " + ".join(f"{counts[name]:,} {name}" for name in SPLITS))
-    for reason, audio_ids in dataset.dropped.items():
-        if audio_ids:
-            log.info("left out, %s: %s recordings", reason, f"{len(audio_ids):,}")
 
 
 def embed(
@@ -288,24 +225,6 @@ def mark_missing(work: WorkFile, rows: dict[str, tuple[str, int]], dataset: Data
     for audio_id in rows:
         log.warning("skipped %s: missing", audio_id)
     work.commit([(split, row, STATE_OF_REASON["missing"]) for split, row in rows.values()])
-
-
-def closing_table(target: Path, seconds: StageSeconds, started: float, log: Logger) -> int:
-    """Print rows per split, what was skipped and why, sizes, and where the time went."""
-    store = EmbeddingStore(target)
-    log.info("%-8s %12s %12s %12s", "split", "recordings", "sources", "captions")
-    for name in SPLITS:
-        split = store.split(name)
-        counts = len(split.audio_id), len(set(split.source_id)), len(split.caption)
-        log.info("%-8s %12s %12s %12s", name, *(f"{count:,}" for count in counts))
-    reasons = sorted(Counter(reason for _, reason in store.skipped()).items())
-    log.info("skipped  %s", ", ".join(f"{reason}: {count:,}" for reason, count in reasons) or "none")
-    widths = ", ".join(f"{name} {entry['dim']:,}" for name, entry in store.encoders.items())
-    log.info("file     %s, %s MB, %s: %s", target, f"{target.stat().st_size / 1e6:,.1f}", store.header.dtype, widths)
-    stages = {"decode (all workers)": seconds.decode, "waiting for audio": seconds.wait, **seconds.encode}
-    stages |= {"writing": seconds.write, "total": time.perf_counter() - started}
-    log.info("seconds  %s", ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items()))
-    return 0
 
 
 def verify(path: str) -> int:

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError, run_script
+from music_library.flags import add_library_flags
 from music_library.milvus_index import MAX_RESULTS
 from music_library.playlists import as_json, one_line, table, write_playlist
-from music_library.searching import DEFAULT_URI, Hit, Searcher, open_searcher, without
+from music_library.searching import Hit, Searcher, open_searcher, without
 
 EXAMPLES = """examples:
   python search.py "calm piano with soft strings"
@@ -18,6 +19,8 @@ EXAMPLES = """examples:
   python search.py --queries queries.txt --json > answers.json       (one query a line; - reads stdin)
   python search.py "jazz" --milvus-uri http://localhost:19530 --map-path /srv/music=/mnt/music
   python search.py --serve --checkpoint checkpoints/muq_best_r1.pt     (a web page at http://127.0.0.1:8770/)"""
+
+BYTE_ORDER_MARK = "\ufeff"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,11 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print JSON and nothing else")
     add("--playlist", metavar="FILE", help="also write what was found as a playlist (.m3u8)")
     add("--map-path", metavar="FROM=TO", help="the indexed paths start with FROM, here it is TO")
-    add("--checkpoint", default="checkpoints/muq_best_r1.pt", metavar="FILE", help="(%(default)s)")
-    add("--milvus-uri", default=DEFAULT_URI, help="folder of Milvus Lite, or a server's address (%(default)s)")
-    add("--milvus-token", help="token of the server, or user:password")
-    add("--vectors-dir", metavar="DIR", help="the plain vectors (beside the index)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add_library_flags(parser, "checkpoints/muq_best_r1.pt")
     add("--serve", action="store_true", help="a web page with a player, and its JSON API, until Ctrl-C")
     add("--host", default="127.0.0.1", help="with --serve: 0.0.0.0 lets the whole network in (%(default)s)")
     add("--port", type=int, default=8770, help="with --serve; 0 takes a free one (%(default)s)")
@@ -119,7 +118,7 @@ def read_queries(name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name}: expected a text file with a query a line, found: {reason}") from error
-    queries = [line.strip() for line in text.splitlines() if line.strip()]
+    queries = [line.strip() for line in text.removeprefix(BYTE_ORDER_MARK).splitlines() if line.strip()]
     if not queries:
         raise UserError(f"{name}: expected a query a line, found none")
     return queries

@@ -15,7 +15,7 @@ from common.logs import start_log
 from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
 from text_to_audio.loading.batches import plan_epoch
 from text_to_audio.loading.step_data import StepData
-from text_to_audio.loss.gradient_caching import backward_by_part, backward_through_cache, gather, seed_dropout
+from text_to_audio.loss.gradient_caching import gather
 from text_to_audio.measuring.baseline import embed_frozen, ridge_metrics
 from text_to_audio.measuring.evaluation import Evaluator, by_subset
 from text_to_audio.measuring.report_page import write_report
@@ -34,6 +34,7 @@ from text_to_audio.processes import Processes, join
 from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
 from text_to_audio.training.resuming import find_checkpoint, say_if_done, set_aside
 from text_to_audio.training.saved_state import restore, run_contents, space_contents
+from text_to_audio.training.step_models import StepModels
 from text_to_audio.training.training_run import Run, Space, prepare
 
 __all__ = ["ProjectionHead", "TextEncoder", "TrainingConfig", "main"]
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan_text(make_plan(config, train_step)))
         return
     processes = join(config)
+    config = processes.on_own_device(config)
     log = start_log("train", "train.log", quiet=not processes.is_main)
     try:
         train(config, log, processes)
@@ -182,35 +184,40 @@ def train_epoch(run: Run, epoch: int) -> list[float]:
     return run.progress.mean_losses()
 
 
-def train_step(run: Run, data: StepData) -> Tensor:
+def train_step(run: StepModels, data: StepData) -> Tensor:
     """Gradients of one effective batch, summed over the processes; returns each space's mean loss (spaces,).
 
-    Where recordings are compared with the texts of their own micro-batch, each has a loss of its own; else there is one
-    loss over all texts, whose embeddings are computed twice (gradient caching). Nothing here waits for the device.
+    Where recordings are compared with the texts of their own micro-batch, each has a loss of its own, which weighs as
+    much as it has captions. Else there is one loss over all texts in the memory of one micro-batch, by gradient caching
+    (Gao et al. 2021): a first pass keeps embeddings alone, the loss gives their gradients, and a second pass with the
+    same dropout takes those through each micro-batch. Nothing here waits for the device.
     """
-    config, parts, source = run.config, data.parts, run.captions.caption_source[data.captions]
-    candidates = [space.candidates(data, run.queue, source) for space in run.spaces]
+    processes, sizes = run.processes, [len(part) for part in data.parts]
+    own = processes.own(range(len(sizes)))  # this process's micro-batches
+    candidates = [space.candidates(data, run.queue) for space in run.spaces]
+    losses = run.queue.blank.new_zeros(len(run.spaces))
     embedded: dict[int, Tensor] = {}
-
-    def embed(number: int) -> Tensor:
-        seed_dropout(config.seed, run.step, number)
-        embeddings = run.text_encoder.encode(data.tokens[number])
-        embedded[number] = embeddings.detach()
-        return embeddings
-
-    def losses_of(embeddings: Tensor, numbers: list[int]) -> Tensor:
-        seed_dropout(config.seed, run.step, len(parts) + numbers[0])
-        chosen = [parts[number] for number in numbers]
-        pairs = zip(run.spaces, candidates, strict=True)
-        return torch.stack([space.loss(embeddings, chosen, those) for space, those in pairs])
-
-    backward = backward_through_cache if config.text_negatives == "batch" else backward_by_part
-    losses = backward(embed, losses_of, parts, run.processes, run.queue.blank).expand(len(run.spaces)).clone()
-    run.processes.sum_gradients([p for group in run.optimizer.param_groups for p in group["params"]])
-    run.processes.sum([losses])
-    if config.text_queue:
-        texts = gather(embedded, [len(part) for part in parts], run.processes, run.queue.blank)
-        run.queue.add(texts, source[np.concatenate(parts)])
+    if run.config.text_negatives == "micro":
+        for number in own:
+            embeddings = run.embed(data, number)
+            part = run.losses(embeddings, data, [number], candidates) * (sizes[number] / len(data))
+            part.sum().backward()
+            losses, embedded[number] = losses + part.detach(), embeddings.detach()
+    else:
+        with torch.no_grad():
+            embedded = {number: run.embed(data, number) for number in own}
+            every = gather(embedded, sizes, processes, run.queue.blank)
+        every.requires_grad_()
+        whole = run.losses(every, data, list(range(len(sizes))), candidates) / processes.count  # all add the same
+        whole.sum().backward()
+        gradients = (processes.count * every.grad).split(sizes)
+        losses = whole.detach()
+        for number in own:
+            run.embed(data, number).backward(gradients[number])
+    processes.sum_gradients([p for group in run.optimizer.param_groups for p in group["params"]])
+    processes.sum([losses])
+    if run.config.text_queue:
+        run.queue.add(gather(embedded, sizes, processes, run.queue.blank), data.source[np.concatenate(data.parts)])
     return losses
 
 

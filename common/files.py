@@ -1,5 +1,6 @@
-"""Files that are written beside their name and renamed, and the room they need."""
+"""Files that are written beside their name and renamed, the room they need, and the lock of who writes them."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -24,3 +25,34 @@ def publish(beside: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+class Lock:
+    """An exclusive lock on a path, held until `release` or until the process ends, however it ends.
+
+    Without `wait`, a lock that another process holds raises `UserError(message)`.
+    """
+
+    def __init__(self, path: Path, wait: bool, message: str = ""):
+        self._path = path
+        while True:
+            self._file = open(path, "a")  # noqa: SIM115 - the lock lives as long as the open file
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                self._file.close()
+                raise UserError(message) from error
+            if self._is_current():
+                return
+            self._file.close()  # the holder before us removed this file; another one is in its place
+
+    def _is_current(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Remove the file and let the next process in."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()

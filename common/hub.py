@@ -1,8 +1,10 @@
 """Files of the Hugging Face hub: fetched once into its cache, resumed where they stopped, every failure one line.
 
-huggingface_hub keeps the cache and does the authentication. What it lacks is added here: it throws a partial
-file away when the process ends (17 GB start anew), and gives up after a few seconds of "429 Too Many Requests".
-Partial files stay beside the finished ones as <etag>.incomplete, until a later call goes on with them.
+huggingface_hub keeps the cache and does the authentication. What it (2.4) lacks is added here: it throws a partial
+file away when the process ends (17 GB start anew) and loses up to 10 MiB at each dropped connection; it waits for hours
+where it is told to, not at all where Retry-After is a date or what a repository holds is asked for; it compares no
+SHA-256 and only warns of a full disk. Partial files stay beside the finished ones as <etag>.incomplete, until a later
+call goes on with them.
 """
 
 import email.utils
@@ -13,9 +15,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
@@ -31,7 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
     WeakFileLock,
     build_hf_headers,
@@ -54,8 +56,8 @@ TIMEOUT = 10  # seconds for an answer about a file
 RETRY_STATUS = (408, 429, 500, 502, 503, 504)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -64,7 +66,7 @@ Answer = TypeVar("Answer")
 class _NoBar(tqdm):
     """For what takes no time."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **(options | {"disable": True}))
 
 
@@ -91,9 +93,13 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None, repo_ty
         metadata = _patiently(lambda: get_hf_file_metadata(url, timeout=TIMEOUT))
         if metadata.commit_hash is None or metadata.etag is None:
             raise FileMetadataError(f"{endpoint()} does not answer like a Hugging Face hub")
-        _fetch_content(repo_id, filename, repo_type, metadata)
+        commit = metadata.commit_hash
+        if metadata.size:  # else there is nothing to resume
+            _fetch_content(repo_id, filename, repo_type, commit, metadata.etag, metadata.size)
         # The content is in the cache; this enters it under the names by which the cache is searched.
-        return Path(_patiently(lambda: hf_hub_download(repo_id, filename, revision=revision, repo_type=repo_type)))
+        path = _patiently(lambda: hf_hub_download(repo_id, filename, revision=commit, repo_type=repo_type))
+        _remember(repo_id, repo_type, revision, commit)
+        return Path(path)
     except (HTTPError, OSError, FileMetadataError) as error:
         if cached_path and _is_unreached(error):
             _log.warning("%s cannot be reached; using the cached %s", endpoint(), what)
@@ -112,16 +118,17 @@ def fetch_model_folder(model: str | os.PathLike, patterns: list[str], revision: 
         return Path(model).expanduser()
     _require_repo_id(model)
     try:
+        commit = revision
         if not huggingface_hub.is_offline_mode():
-            info = _repo_info(model, revision, "model")
-            names = [sibling.rfilename for sibling in info.siblings]
-            names = list(filter_repo_objects(names, allow_patterns=patterns))
+            commit, sizes = _repo_content(model, revision, "model")
+            names = list(filter_repo_objects(sizes, allow_patterns=patterns))
             if not names:
                 raise UserError(f"{model} on {endpoint()}: expected {' or '.join(patterns)}, found no such file")
             for name in names:
-                fetch_file(model, name, revision=info.sha)
-        # Everything is cached by now; this checks that and enters the branch's name.
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, tqdm_class=_NoBar))
+                fetch_file(model, name, revision=commit)
+            _remember(model, "model", revision, commit)
+        # Everything is cached by now; this keeps the list by which a later call without network knows that.
+        return Path(snapshot_download(model, revision=commit, allow_patterns=patterns, tqdm_class=_NoBar))
     except (HTTPError, OSError) as error:
         if _is_unreached(error) and (folder := _cached_folder(model, patterns, revision)):
             _log.warning("%s cannot be reached; using the cached %s", endpoint(), model)
@@ -140,12 +147,10 @@ def resolved_revision(model: str | os.PathLike, revision: str | None = None, rep
     _require_repo_id(model)
     if revision and _COMMIT.fullmatch(revision):
         return revision
-    folder = repo_folder_name(repo_id=model, repo_type=repo_type)
-    known = Path(constants.HF_HUB_CACHE, folder, "refs", revision or constants.DEFAULT_REVISION)
+    known = _reference(model, repo_type, revision)
     try:
-        commit = _repo_info(model, revision, repo_type).sha
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(commit)  # where the cache keeps what a branch meant last, for work without network
+        commit, _ = _repo_content(model, revision, repo_type)
+        _remember(model, repo_type, revision, commit)
         return commit
     except (HTTPError, OSError) as error:
         if _is_unreached(error) and known.is_file():
@@ -160,10 +165,9 @@ def file_sizes(
     """Bytes by name of the hub files that match, without fetching them. Raises UserError as `fetch_file` does."""
     _require_repo_id(repo_id)
     try:
-        info = _repo_info(repo_id, revision, repo_type)
+        _, sizes = _repo_content(repo_id, revision, repo_type)
     except (HTTPError, OSError) as error:
         raise _user_error(error, repo_id) from error
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
     return {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=patterns)}
 
 
@@ -177,11 +181,28 @@ def _require_repo_id(name: str) -> None:
         raise UserError(f"{name}: expected a folder, or a hub id such as owner/name; found a file")
 
 
-def _repo_info(repo_id: str, revision: str | None, repo_type: str):
-    """What the hub knows of a repository at a revision: `sha`, and `siblings` with names and sizes."""
-    return _patiently(
-        lambda: HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True, timeout=TIMEOUT)
-    )
+def _repo_content(repo_id: str, revision: str | None, repo_type: str) -> tuple[str, dict[str, int]]:
+    """The commit id that a revision of a repository is now, and the bytes of each of its files by name."""
+    api = HfApi()
+    ask = api.dataset_info if repo_type == "dataset" else api.model_info
+    info = _patiently(lambda: ask(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT))
+    if info.sha is None:
+        raise FileMetadataError(f"{endpoint()} does not answer like a Hugging Face hub")
+    return info.sha, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+
+
+def _reference(repo_id: str, repo_type: str, revision: str | None) -> Path:
+    """Where the cache keeps what a branch meant last, for work without network."""
+    folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+    return Path(constants.HF_HUB_CACHE, folder, "refs", revision or constants.DEFAULT_REVISION)
+
+
+def _remember(repo_id: str, repo_type: str, revision: str | None, commit: str) -> None:
+    """Keep in the cache what a branch or tag means now."""
+    if revision != commit:
+        reference = _reference(repo_id, repo_type, revision)
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
 
 
 def _cached_folder(model: str, patterns: list[str], revision: str | None) -> Path | None:
@@ -192,48 +213,50 @@ def _cached_folder(model: str, patterns: list[str], revision: str | None) -> Pat
         return None
 
 
-def _fetch_content(repo_id: str, filename: str, repo_type: str, metadata: HfFileMetadata) -> None:
+def _fetch_content(repo_id: str, filename: str, repo_type: str, commit: str, etag: str, size: int) -> None:
     """Bring the content of a file into the cache's blobs, unless it is there; one process at a time."""
-    url = hf_hub_url(repo_id, filename, repo_type=repo_type, revision=metadata.commit_hash)
+    url = hf_hub_url(repo_id, filename, repo_type=repo_type, revision=commit)
     repo_folder = repo_folder_name(repo_id=repo_id, repo_type=repo_type)
-    lock = Path(constants.HF_HUB_CACHE, ".locks", repo_folder, f"{metadata.etag}.lock")
-    blob = Path(constants.HF_HUB_CACHE, repo_folder, "blobs", metadata.etag)
+    lock = Path(constants.HF_HUB_CACHE, ".locks", repo_folder, f"{etag}.lock")
+    blob = Path(constants.HF_HUB_CACHE, repo_folder, "blobs", etag)
     for folder in (lock.parent, blob.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if not blob.exists():
-            _download(url, blob, metadata.size, f"{filename} of {repo_id}")
+            _download(url, blob, size, f"{filename} of {repo_id}")
 
 
-def _download(url: str, blob: Path, size: int | None, what: str) -> None:
+def _download(url: str, blob: Path, size: int, what: str) -> None:
     """Download to blob's .incomplete file, from where an earlier try stopped; check it and give it its name."""
     partial = blob.with_name(f"{blob.name}.incomplete")
-    done = partial.stat().st_size if partial.exists() else 0
-    free = shutil.disk_usage(blob.parent).free
-    if size is not None and size - done > free:
+    if _length(partial) > size:  # not of this file
+        partial.unlink()
+    done, free = _length(partial), shutil.disk_usage(blob.parent).free
+    if size - done > free:
         raise UserError(
             f"{what}: {(size - done) / 1e9:.2f} GB are still to be downloaded and {blob.parent} has {free / 1e9:.2f} GB"
             " free; make room, or set HF_HOME to a folder on a larger disk"
         )
     name = Path(what.split(" of ")[0]).name
-    quiet = size is not None and size < BAR_FROM
-    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=name, disable=quiet) as bar:
+    with tqdm(total=size, initial=done, unit="B", unit_scale=True, desc=name, disable=size < BAR_FROM) as bar:
         tries = 0
-        while size is None or done < size or not partial.exists():
+        while done < size:
             try:
                 _stream(url, partial, done, bar.update)
-                if size is None:
-                    break
             except HTTPError as error:
                 _wait_or_raise(error, tries, len(RETRY_SECONDS) + 1)
-            before, done = done, partial.stat().st_size if partial.exists() else 0
+            before, done = done, _length(partial)
             tries = tries + 1 if done <= before else 0
-            if size is not None and tries > len(RETRY_SECONDS):
+            if tries > len(RETRY_SECONDS):
                 raise UserError(f"{what}: the hub sends only {done:,} of {size:,} bytes; try again later, {LOCAL_COPY}")
             bar.n = done
         bar.set_description(f"checking {name}")
         _check(partial, blob.name, size, what)
     partial.replace(blob)
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _stream(url: str, partial: Path, start: int, count: Callable[[int], object]) -> None:
@@ -243,9 +266,6 @@ def _stream(url: str, partial: Path, start: int, count: Callable[[int], object])
         headers["Range"] = f"bytes={start}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        if response.status_code == 416:  # the partial file is longer than the file: not of this file
-            partial.unlink()
-            return
         hf_raise_for_status(response)
         with open(partial, "ab" if start and response.status_code == 206 else "wb") as file:
             for chunk in response.iter_bytes():  # as it comes: a set size would lose the last piece
@@ -253,10 +273,10 @@ def _stream(url: str, partial: Path, start: int, count: Callable[[int], object])
                 count(len(chunk))
 
 
-def _check(partial: Path, etag: str, size: int | None, what: str) -> None:
+def _check(partial: Path, etag: str, size: int, what: str) -> None:
     """Refuse a file of another size, or of another SHA-256 where the hub's etag is one (all large files)."""
-    found = partial.stat().st_size
-    sound = size in (None, found)
+    found = _length(partial)
+    sound = found == size
     if sound and _SHA256.fullmatch(etag):
         digest = hashlib.sha256()
         with open(partial, "rb") as file:
@@ -265,9 +285,7 @@ def _check(partial: Path, etag: str, size: int | None, what: str) -> None:
         sound = digest.hexdigest() == etag
     if not sound:
         partial.unlink()
-        raise UserError(
-            f"{what}: what was downloaded is damaged ({found:,} bytes; {size or '?'} expected); run it again"
-        )
+        raise UserError(f"{what}: what was downloaded is damaged ({found:,} bytes; {size} expected); run it again")
 
 
 def _patiently(call: Callable[[], Answer]) -> Answer:
@@ -287,7 +305,7 @@ def _wait_or_raise(error: HTTPError, tries: int, most: int) -> None:
     response = error.response if isinstance(error, HfHubHTTPError) else None
     if (response is not None and response.status_code not in RETRY_STATUS) or tries + 1 >= most:
         raise error
-    seconds = RETRY_SECONDS[tries]
+    seconds: float = RETRY_SECONDS[tries]
     if response is not None:
         asked = _asked_seconds(response.headers)
         seconds = seconds if asked is None else asked
@@ -298,7 +316,7 @@ def _wait_or_raise(error: HTTPError, tries: int, most: int) -> None:
     time.sleep(seconds)
 
 
-def _asked_seconds(headers) -> float | None:
+def _asked_seconds(headers: Mapping[str, str]) -> float | None:
     """Seconds the hub asks to wait: Retry-After (seconds or a date) or its RateLimit header; None if neither."""
     value = (headers.get("Retry-After") or "").strip()
     if value.isdigit():

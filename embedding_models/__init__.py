@@ -1,9 +1,24 @@
-"""The three frozen audio encoders, and how their frames become one vector per clip or track."""
+"""The frozen audio encoders, and how their frames become one vector per clip or track.
 
-from embedding_models.audio import AudioError
-from embedding_models.enrichment import enrich
-from embedding_models.latent import MusicLatentSpaceModel
-from embedding_models.mert import MertModel
-from embedding_models.muq import MuQEmbeddingModel
+What is exported here is imported when it is asked for: reading the registry must not load audio libraries.
+"""
 
-__all__ = ["AudioError", "MertModel", "MuQEmbeddingModel", "MusicLatentSpaceModel", "enrich"]
+import importlib
+from typing import Any
+
+from embedding_models.registry import ENCODERS
+
+_LOCATIONS = {
+    "AudioError": "embedding_models.audio",
+    "enrich": "embedding_models.enrichment",
+    **{name: module for module, _, name in (each.location.partition(":") for each in ENCODERS.values())},
+}
+
+__all__ = sorted(_LOCATIONS)
+
+
+def __getattr__(name: str) -> Any:
+    """An encoder's class under its own name, `AudioError` or `enrich`."""
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LOCATIONS[name]), name)

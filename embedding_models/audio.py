@@ -1,34 +1,18 @@
 """Audio files as the encoders take them: decoded once, resampled to each rate, cut into windows of 10 s."""
 
 import os
-import struct
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 
+from embedding_models.decoding.errors import AudioError
+from embedding_models.decoding.sound import MIN_SECONDS, Sound
+
+__all__ = ["MIN_SECONDS", "WINDOW_SECONDS", "AudioError", "AudioFormat", "TrackWindows", "stacked", "track_windows"]
+
 WINDOW_SECONDS = 10
-MIN_SECONDS = 0.5
-_BLOCK_SECONDS = 2
-# A lossy file's header may count a little more than decoding gives (0.13 s in one of 131 Ogg and Opus files of games);
-# beyond this the file is cut short.
-_MISSING_SECONDS = 0.25
-_UNKNOWN_SIZE = 0xFFFFFFFF  # what a writer that streams puts where it cannot know a chunk's size
-
-
-class AudioError(ValueError):
-    """A clip that cannot be embedded; `reason` is "unreadable", "too short" or "not finite"."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    # Pickling passes on `args` alone by default, which would fail on the way out of a worker process.
-    def __reduce__(self):
-        return AudioError, (self.reason, str(self))
 
 
 class AudioFormat(NamedTuple):
@@ -38,9 +22,37 @@ class AudioFormat(NamedTuple):
     channels: int
 
 
-def track_windows(
-    file: str | os.PathLike | BinaryIO, formats: Collection[AudioFormat]
-) -> Iterator[dict[AudioFormat, np.ndarray]]:
+def stacked(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """Windows of one format, (channels, samples) each, as an encoder takes them: (n, samples), or (n, 2, samples)."""
+    waveforms = np.stack(windows)
+    return waveforms[:, 0] if waveforms.shape[1] == 1 else waveforms
+
+
+class TrackWindows(Iterator[dict[AudioFormat, np.ndarray]]):
+    """The windows of a file as they are decoded; see `track_windows`."""
+
+    def __init__(self, file: str | os.PathLike | BinaryIO, formats: Collection[AudioFormat]):
+        self._sound = Sound(file)
+        self._windows = self._cut(formats)
+
+    @property
+    def seconds(self) -> float:
+        """How much was decoded so far: with the last window, the file's length, whatever its header says."""
+        return self._sound.seconds
+
+    def __next__(self) -> dict[AudioFormat, np.ndarray]:
+        return next(self._windows)
+
+    def close(self) -> None:
+        """Leave the file."""
+        self._windows.close()
+
+    def _cut(self, formats: Collection[AudioFormat]) -> Generator[dict[AudioFormat, np.ndarray]]:
+        with self._sound.opened() as blocks:
+            yield from _Windows(self._sound.rate, self._sound.channels, formats).cut(blocks)
+
+
+def track_windows(file: str | os.PathLike | BinaryIO, formats: Collection[AudioFormat]) -> TrackWindows:
     """Decode a file once and yield its windows in every format, each float32 of shape (channels, samples).
 
     A window lasts ten seconds; the last one is the track's final ten seconds, so that all are equally long.
@@ -51,56 +63,7 @@ def track_windows(
     `file` is a path or a binary file object. Raises `AudioError` for what is not audio, is cut short, holds
     less than 0.5 s or has samples that are not finite; windows before the fault may have been yielded.
     """
-    name = _name(file)
-    try:
-        _check_chunk_sizes(file, name)
-        with soundfile.SoundFile(file) as sound:
-            yield from _Windows(sound.samplerate, sound.channels, formats).cut(_blocks(sound, name), name)
-    except OSError as error:
-        raise AudioError("unreadable", f"{name}: {error.strerror or error}") from error
-    except soundfile.LibsndfileError as error:
-        raise AudioError("unreadable", f"{name}: not readable as audio ({error.error_string})") from error
-
-
-def cut_windows(
-    blocks: Iterator[np.ndarray], rate: int, channels: int, formats: Collection[AudioFormat], name: str
-) -> Iterator[dict[AudioFormat, np.ndarray]]:
-    """The windows, as `track_windows` gives them, of sound that another decoder hands over.
-
-    `blocks` are (frames, 1 or 2) float32 at `rate` samples per second; one channel where `channels` is over 2. `name`
-    stands in the errors. Raises `AudioError` for less than 0.5 s.
-    """
-    yield from _Windows(rate, channels, formats).cut(_long_enough(blocks, rate, name), name)
-
-
-def _long_enough(blocks: Iterator[np.ndarray], rate: int, name: str) -> Iterator[np.ndarray]:
-    decoded = 0
-    for block in blocks:
-        decoded += len(block)
-        yield block
-    if decoded < MIN_SECONDS * rate:
-        raise AudioError("too short", f"{name}: {decoded / rate:.3f} s of audio, expected {MIN_SECONDS} or more")
-
-
-def _name(file: str | os.PathLike | BinaryIO) -> str:
-    return str(file) if isinstance(file, (str, os.PathLike)) else str(getattr(file, "name", "audio"))
-
-
-def _blocks(sound: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
-    """Yield a file's blocks, (frames, 1 or 2) float32, and check that it holds what its header promises."""
-    promised, decoded, size = sound.frames, 0, _BLOCK_SECONDS * sound.samplerate
-    while len(block := sound.read(size, dtype="float32", always_2d=True)):
-        if not np.isfinite(block).all():
-            raise AudioError("not finite", f"{name}: samples that are not finite (NaN or infinite)")
-        decoded += len(block)
-        yield block if block.shape[1] <= 2 else block.mean(axis=1, keepdims=True)
-    if decoded < promised - _MISSING_SECONDS * sound.samplerate:
-        raise AudioError("unreadable", f"{name}: truncated, {decoded} of {promised} frames could be decoded")
-    if decoded == 0:
-        raise AudioError("unreadable", f"{name}: an audio file without any sound in it")
-    if decoded < MIN_SECONDS * sound.samplerate:
-        seconds = decoded / sound.samplerate
-        raise AudioError("too short", f"{name}: {seconds:.3f} s of audio, expected {MIN_SECONDS} or more")
+    return TrackWindows(file, formats)
 
 
 class _Stream:
@@ -151,11 +114,10 @@ class _Windows:
 
     def __init__(self, rate: int, channels: int, formats: Collection[AudioFormat]):
         self._length = WINDOW_SECONDS * rate
-        channels = channels if channels <= 2 else 1  # as `_blocks` gives them
         self._streams = [_Stream(rate, wanted, channels) for wanted in dict.fromkeys(formats)]
         self._channels = channels
 
-    def cut(self, blocks: Iterator[np.ndarray], name: str) -> Iterator[dict[AudioFormat, np.ndarray]]:
+    def cut(self, blocks: Iterator[np.ndarray]) -> Iterator[dict[AudioFormat, np.ndarray]]:
         frames, given = 0, 0
         for block in blocks:
             frames += len(block)
@@ -181,28 +143,3 @@ class _Windows:
         for stream in self._streams:  # the final ten seconds may begin anywhere in the window just given
             stream.forget_before(index * stream.length)
         return window
-
-
-def _check_chunk_sizes(file: str | os.PathLike | BinaryIO, name: str) -> None:
-    """Raise `AudioError` for a WAV or AIFF file that ends before its sound does.
-
-    libsndfile takes such a file for a shorter one. Both formats are a row of chunks: a four-letter name, a
-    size of four bytes (little-endian in WAV, big-endian in AIFF), and that many bytes, padded to be even.
-    """
-    if isinstance(file, (str, os.PathLike)):
-        with Path(file).open("rb") as opened:
-            return _check_chunk_sizes(opened, name)
-    file.seek(0, os.SEEK_END)
-    total = file.tell()
-    file.seek(0)
-    magic = file.read(12)
-    order, sound = {b"RIFF": ("<", b"data"), b"FORM": (">", b"SSND")}.get(magic[:4], ("", b""))
-    position = 12
-    while order and position + 8 <= total:
-        file.seek(position)
-        chunk, size = struct.unpack(f"{order}4sI", file.read(8))
-        position += 8 + size + size % 2
-        if chunk == sound and size != _UNKNOWN_SIZE and total < position - size % 2:
-            missing = position - size % 2 - total
-            raise AudioError("unreadable", f"{name}: truncated, {missing} of {size} bytes are missing")
-    file.seek(0)

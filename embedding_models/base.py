@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from embedding_models.audio import MIN_SECONDS, AudioError, AudioFormat, track_windows
+from embedding_models.audio import MIN_SECONDS, AudioError, AudioFormat, stacked, track_windows
+from embedding_models.averaging import WindowMean
 from embedding_models.enrichment import enrich
 
 _WINDOWS_AT_ONCE = 4  # of a long track in `embed_file`
@@ -21,7 +22,7 @@ class AudioEmbeddingModel:
     A subclass loads its weights, sets the attributes below and defines `_encode`.
     """
 
-    name: str  # "muq" | "mert" | "latent"
+    name: str  # the audio space, as in the registry
     channels: int  # 1 (mono) or 2 (stereo)
     half_precision = False  # whether float16 is safe enough to be tried on CUDA
 
@@ -98,19 +99,15 @@ class AudioEmbeddingModel:
 
         Raises `AudioError` where the file cannot be read as audio or one of its windows cannot be embedded.
         """
-        total, count, waiting = np.zeros(self.dim), 0, []
+        mean, waiting = WindowMean(), []
         for window in track_windows(file, [self.format]):
             waiting.append(window[self.format])
             if len(waiting) == _WINDOWS_AT_ONCE:
-                total, count, waiting = total + self._sum(waiting), count + len(waiting), []
+                mean.add(self.embed_windows(stacked(waiting)).numpy())
+                waiting = []
         if waiting:
-            total, count = total + self._sum(waiting), count + len(waiting)
-        return (total / count).astype(np.float32)
-
-    def _sum(self, windows: list[np.ndarray]) -> np.ndarray:
-        waveforms = np.stack(windows)
-        vectors = self.embed_windows(waveforms[:, 0] if self.channels == 1 else waveforms)
-        return vectors.double().sum(dim=0).numpy()
+            mean.add(self.embed_windows(stacked(waiting)).numpy())
+        return mean.mean()
 
 
 def choose_device(device: str) -> torch.device:

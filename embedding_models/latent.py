@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.hub import fetch_model_folder
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.registry import ENCODERS
 from embedding_models.weights import load_tensors, read_json, read_tensors
 
 _WEIGHTS = "music2latent.pt"
@@ -172,7 +173,7 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
 
     def __init__(
         self,
-        model: str | os.PathLike = "SonyCSLParis/music2latent",
+        model: str | os.PathLike = ENCODERS["latent"].weights.id,
         device: str = "auto",
         precision: str = "float32",
         revision: str | None = None,

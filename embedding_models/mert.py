@@ -8,6 +8,7 @@ from transformers import HubertConfig, HubertModel
 
 from common.errors import UserError
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.registry import ENCODERS
 from embedding_models.weights import Tensors, fetch_config, fetch_weights, load_tensors, read_tensors
 
 # What of MERT's config is HuBERT's; dropouts and masking play no part in a frozen encoder.
@@ -50,7 +51,7 @@ class MertModel(AudioEmbeddingModel):
 
     def __init__(
         self,
-        model: str | os.PathLike = "m-a-p/MERT-v1-330M",
+        model: str | os.PathLike = ENCODERS["mert"].weights.id,
         device: str = "auto",
         precision: str = "float32",
         revision: str | None = None,

@@ -11,6 +11,7 @@ from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import W
 
 from common.errors import UserError
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.registry import ENCODERS
 from embedding_models.weights import fetch_config, fetch_weights, load_tensors, read_tensors
 
 _SAMPLE_RATE = 24_000
@@ -136,7 +137,7 @@ class MuQEmbeddingModel(AudioEmbeddingModel):
 
     def __init__(
         self,
-        model: str | os.PathLike = "OpenMuQ/MuQ-MuLan-large",
+        model: str | os.PathLike = ENCODERS["muq"].weights.id,
         backbone: str | os.PathLike | None = None,
         device: str = "auto",
         precision: str = "float32",

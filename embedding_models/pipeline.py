@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from embedding_models.audio import AudioError, AudioFormat, track_windows
+from embedding_models.audio import AudioError, AudioFormat, stacked, track_windows
+from embedding_models.averaging import WindowMean
 from embedding_models.base import AudioEmbeddingModel
 
 Clip = tuple[Hashable, bytes | Path]  # the caller's key, and a file's content or its path
@@ -130,9 +131,9 @@ class _Decoders:
 
 @dataclass
 class _Track:
-    """A recording on its way through the encoders: sums of its windows' vectors so far."""
+    """A recording on its way through the encoders: the means of its windows' vectors so far."""
 
-    sums: Vectors = field(default_factory=dict)
+    means: dict[str, WindowMean] = field(default_factory=lambda: defaultdict(WindowMean))
     encoded: int = 0
     windows: int | None = None  # how many there are, known once it has been decoded to its end
     error: AudioError | None = None
@@ -145,7 +146,7 @@ class _Track:
     @property
     def result(self) -> Vectors | AudioError:
         """The mean over the windows in each space, or why there is none."""
-        return self.error or {name: total / self.windows for name, total in self.sums.items()}
+        return self.error or {name: mean.mean() for name, mean in self.means.items()}
 
 
 Finished = list[tuple[Hashable, Vectors | AudioError]]
@@ -198,9 +199,7 @@ class _Batcher:
     def _encode_with(self, encoder: AudioEmbeddingModel, batch: list[tuple[Hashable, Windows]]) -> None:
         if not batch:
             return
-        waveforms = np.stack([windows[encoder.format] for _, windows in batch])
-        if encoder.channels == 1:
-            waveforms = waveforms[:, 0]
+        waveforms = stacked([windows[encoder.format] for _, windows in batch])
         try:
             vectors = encoder.embed_windows(torch.from_numpy(waveforms)).numpy()
         except AudioError as error:
@@ -211,8 +210,7 @@ class _Batcher:
                 self._encode_with(encoder, [single])
             return
         for (key, _), vector in zip(batch, vectors, strict=True):
-            sums = self._tracks[key].sums
-            sums[encoder.name] = sums[encoder.name] + vector if encoder.name in sums else vector
+            self._tracks[key].means[encoder.name].add(vector)
 
     def _completed(self, keys: Iterable[Hashable]) -> Finished:
         finished = []

@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -10,34 +10,11 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from embedding_models import AudioError, MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
+from embedding_models.audio import AudioError
+from embedding_models.averaging import WindowMean
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.registry import EncoderSpec
 from embedding_models.tracks import embed_track, window_starts
-
-_CLASSES = {"muq": MuQEmbeddingModel, "mert": MertModel, "latent": MusicLatentSpaceModel}
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """Which encoder to load: what a process needs to be told. `model` None is the published one."""
-
-    name: str
-    model: str | None = None
-    backbone: str | None = None  # MuQ-MuLan's alone
-    revision: str | None = None
-    device: str = "auto"
-    precision: str = "float32"
-
-    def load(self) -> AudioEmbeddingModel:
-        """Load it; raises `UserError` for a name that is none and for files that are not such a model."""
-        if self.name not in _CLASSES:
-            raise UserError(f"expected an audio space of {', '.join(_CLASSES)}, found {self.name!r}")
-        options = {"device": self.device, "precision": self.precision, "revision": self.revision}
-        if self.model:
-            options["model"] = self.model
-        if self.name == "muq":
-            options["backbone"] = self.backbone
-        return _CLASSES[self.name](**options)
 
 
 @dataclass(frozen=True)
@@ -73,19 +50,20 @@ def embed_one(
     encoder: AudioEmbeddingModel, key: Hashable, path: Path, batch_size: int, windows: bool
 ) -> Iterator[Event]:
     """Embed one track: its `Part`s, where `windows` are wanted, then its `End`, or a `Failure`."""
-    total, count = np.zeros(encoder.dim), 0
+    mean = WindowMean()
     try:
-        seconds, parts = embed_track(encoder, path, batch_size)
+        track, parts = embed_track(encoder, path, batch_size)
         for vectors in parts:
-            total, count = total + vectors.sum(axis=0, dtype=np.float64), count + len(vectors)
+            mean.add(vectors)
             if windows:
                 yield Part(key, vectors)
     except AudioError as error:
-        yield Failure(key, " ".join(str(error).split()))
+        text = str(error) if str(path) in str(error) else f"{path}: {error}"  # the encoder knows no file
+        yield Failure(key, " ".join(text.split()))
     except OSError as error:
         yield Failure(key, f"{path}: {error.strerror or error}")
     else:
-        yield End(key, (total / count).astype(np.float32), window_starts(count, seconds), seconds)
+        yield End(key, mean.mean(), window_starts(mean.count, track.seconds), track.seconds)
 
 
 def embed_tracks(
@@ -116,7 +94,7 @@ def embed_tracks(
 def _on_device(spec: EncoderSpec, number: int) -> EncoderSpec:
     devices = torch.cuda.device_count()
     if spec.device in ("auto", "cuda") and devices:
-        return EncoderSpec(**{**vars(spec), "device": f"cuda:{number % devices}"})
+        return replace(spec, device=f"cuda:{number % devices}")
     return spec
 
 

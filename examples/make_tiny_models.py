@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from common.errors import UserError, run_script
 from embedding_models.latent import LatentConfig, LatentEncoder
 from embedding_models.muq import MuQBackbone
+from embedding_models.registry import ENCODERS, EncoderSpec
 
 # Configs hold the fields that decide the shape; the rest is as transformers writes it.
 MUQ_CONFIG = {
@@ -296,6 +297,21 @@ def write_qwen3(out: Path, shape: dict = QWEN3_SHAPE) -> None:
     config = Qwen3Config(**shape, pad_token_id=end, eos_token_id=end, bos_token_id=None)
     tokenizer.save_pretrained(out / "qwen3")
     Qwen3Model(config).save_pretrained(out / "qwen3")
+
+
+FOLDERS = {
+    "muq": ("muq_mulan", {"backbone": "muq_large"}),
+    "mert": ("mert", {}),
+    "latent": ("music2latent", {}),
+}
+"""Audio space -> the folder of its encoder, and those that the encoder's options name."""
+
+
+def encoder_spec(out: Path, name: str, device: str = "auto") -> EncoderSpec:
+    """The encoder of an audio space among what was written into `out`."""
+    folder, options = FOLDERS[name]
+    named = {option: str(out / other) for option, other in options.items()}
+    return EncoderSpec(ENCODERS[name], str(out / folder), device=device, options=named)
 
 
 WRITERS: tuple[Callable[[Path], None], ...] = (write_muq, write_mert, write_music2latent, write_qwen3)

@@ -35,16 +35,17 @@ class IndexSpace:
         self.name, self.projection = name, projection
         self.audio_dim = projection.audio_dim
         narrow = self.audio_dim > SERVER_MAX_DIM if narrow is None else narrow
-        self.identity = {
+        identity = projection_identity(projection, narrow)
+        self.identity: dict[str, str | int | bool] = {
             "format": "text-audio-index",
             "space": name,
             "audio_dim": self.audio_dim,
             "recipe": recipe,
             "encoder": encoder,
             "narrow": narrow,
-            "projection": projection_identity(projection, narrow),
+            "projection": identity,
         }
-        self._form = NarrowForm(_kept_basis(projection, self.identity["projection"], folder)) if narrow else None
+        self._form = NarrowForm(_kept_basis(projection, identity, folder)) if narrow else None
 
     @property
     def narrow(self) -> bool:

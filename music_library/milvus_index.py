@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.errors import UserError
 
 FIELD = "embedding"
 SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite does not
+DEFAULT_URI = "data/library.db"
 MAX_RESULTS = 16_384  # Milvus's bound on one search
 INDEX_TYPES = {
     "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 512}),
@@ -40,7 +42,7 @@ class IndexChoice:
     build: dict | None = None
     search: dict | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in INDEX_TYPES:
             raise UserError(f"--index-type: expected one of {', '.join(INDEX_TYPES)}, found {self.kind!r}")
 
@@ -142,7 +144,7 @@ class VectorDatabase:
     def __enter__(self) -> "VectorDatabase":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # what a collection was made from
@@ -226,20 +228,20 @@ class VectorDatabase:
 
     def upsert(self, name: str, rows: list[dict]) -> None:
         """Put rows in, in the place of those with the same id; their `embedding` is a float32 array."""
-        size = rows and max(1, _BATCH_BYTES // (4 * len(rows[0][FIELD])))
-        for start in range(0, len(rows), size or 1):
+        size = max(1, _BATCH_BYTES // (4 * len(rows[0][FIELD]))) if rows else 1
+        for start in range(0, len(rows), size):
             batch = [{k: _fitting(k, v) for k, v in row.items()} for row in rows[start : start + size]]
-            self._tell(lambda batch=batch: self._client.upsert(name, batch))
+            self._tell(partial(self._client.upsert, name, batch))
 
     def delete(self, name: str, ids: Iterable[int]) -> None:
         """Take rows out."""
         ids = list(ids)
         for start in range(0, len(ids), 1000):
-            self._tell(lambda start=start: self._client.delete(name, ids=ids[start : start + 1000]))
+            self._tell(partial(self._client.delete, name, ids=ids[start : start + 1000]))
 
     def get(self, name: str, ids: list[int], fields: list[str]) -> dict[int, dict]:
         """Rows by id, of those ids that are there."""
-        found = {}
+        found: dict[int, dict] = {}
         for start in range(0, len(ids), 1000):
             rows = self._client.get(name, ids=ids[start : start + 1000], output_fields=["id", *fields])
             found |= {row["id"]: row for row in rows}
@@ -249,7 +251,7 @@ class VectorDatabase:
         """Rows in a collection."""
         return self._client.query(name, filter="", output_fields=["count(*)"])[0]["count(*)"]
 
-    def _tell(self, call) -> None:
+    def _tell(self, call: Callable[[], object]) -> None:
         try:
             call()
         except MilvusException as error:
@@ -330,7 +332,7 @@ class VectorDatabase:
 
 
 def _fitting(field: str, value: object) -> object:
-    return cut(value, _TRACK_FIELDS[field]) if field in _TRACK_FIELDS else value
+    return cut(value, _TRACK_FIELDS[field]) if field in _TRACK_FIELDS and isinstance(value, str) else value
 
 
 def _reason(error: Exception) -> str:

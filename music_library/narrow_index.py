@@ -17,10 +17,10 @@ def projection_identity(projection: ProjectionHead, narrow: bool) -> str:
     """
     parts = [projection.mean, projection.std]
     if narrow:
-        parts += [projection.layers[-1].weight, projection.layers[-1].bias]
+        parts += [projection.last_layer.weight, projection.last_layer.bias]
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(np.ascontiguousarray(part.detach().cpu().numpy(), dtype="<f4"))
+        digest.update(np.ascontiguousarray(part.detach().cpu().numpy(), dtype="<f4").data)
     return digest.hexdigest()[:32]
 
 
@@ -30,7 +30,7 @@ def text_basis(projection: ProjectionHead) -> torch.Tensor:
     The head ends in W h + b, so that text lies in the column space of [W b]; Q of its QR decomposition spans it. The
     signs are fixed (R's diagonal is not negative), so that two machines agree on Q.
     """
-    last = projection.layers[-1]
+    last = projection.last_layer
     columns = torch.cat([last.weight.detach(), last.bias.detach()[:, None]], dim=1).float().cpu()
     q, r = torch.linalg.qr(columns)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)

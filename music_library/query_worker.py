@@ -161,7 +161,7 @@ class QueryWorker:
         return [first, *self._take_waiting(MAX_BATCH - 1)]
 
     def _take_waiting(self, at_most: int) -> list[TextQuery | Call]:
-        taken = []
+        taken: list[TextQuery | Call] = []
         while len(taken) < at_most:
             try:
                 taken.append(self._waiting.get_nowait())
@@ -217,7 +217,7 @@ def _query_vector(query: TextQuery, vectors: dict[str, np.ndarray]) -> np.ndarra
     if not query.unwanted:
         return vector
     try:
-        return without(vector[None], vectors[query.unwanted], query.weight)[0]
+        return without(vector[None], vectors[query.unwanted], query.weight, "not")[0]
     except UserError as error:
         raise Refused(str(error)) from None
 

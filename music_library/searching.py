@@ -1,5 +1,6 @@
 """Queries against an indexed library: texts, tracks, a text without another, moments inside tracks."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -7,12 +8,11 @@ import numpy as np
 
 from common.errors import UserError
 from music_library.index_space import IndexSpace, recorded_space
-from music_library.milvus_index import MAX_RESULTS, Found, VectorDatabase
+from music_library.milvus_index import DEFAULT_URI, MAX_RESULTS, Found, VectorDatabase
 from music_library.vector_files import VectorFiles, vectors_folder
 from text_to_audio.model.checkpoints import read_checkpoint
-from text_to_audio.model.inference import embed_texts_batch, load_checkpoint
+from text_to_audio.model.inference import LoadedCheckpoint, embed_texts_batch, load_checkpoint
 
-DEFAULT_URI = "data/library.db"
 TRACK_FIELDS = ["path", "title", "artist", "album", "duration"]
 _RERANKED = 10  # candidates per result wanted, where audio is compared with audio in a narrow index
 
@@ -54,12 +54,15 @@ def track_number(track: str) -> int | None:
     return number if number < 1 << 63 else None
 
 
-def without(vectors: np.ndarray, unwanted: np.ndarray, weight: float) -> np.ndarray:
-    """Queries (n, dim) less `weight` times the unit vector `unwanted` (dim,), at unit length again."""
+def without(vectors: np.ndarray, unwanted: np.ndarray, weight: float, setting: str = "--not") -> np.ndarray:
+    """Queries (n, dim) less `weight` times the unit vector `unwanted` (dim,), at unit length again.
+
+    Raises `UserError`, which names the `setting` that was given, where nothing is left.
+    """
     rest = vectors - weight * unwanted / np.linalg.norm(unwanted)
     lengths = np.linalg.norm(rest, axis=1, keepdims=True)
     if (lengths < 1e-6).any():
-        raise UserError("--not: nothing is left of the query; expected it to differ from what it is to be without")
+        raise UserError(f"{setting}: nothing is left of the query; expected it to differ from what it is to be without")
     return (rest / lengths).astype(np.float32)
 
 
@@ -78,15 +81,19 @@ def replaced_prefix(path: str, mapping: tuple[str, str] | None) -> str:
 class Searcher:
     """A checkpoint and the library it was indexed for. One thread at a time; made by `open_searcher`."""
 
-    def __init__(self, models, database: VectorDatabase, space: IndexSpace, files: Path, map_path=None):
-        self.text_encoder, self.projection, self.config = models
+    def __init__(
+        self, model: LoadedCheckpoint, database: VectorDatabase, space: IndexSpace, files: Path,
+        map_path: tuple[str, str] | None = None,
+    ):  # fmt: skip
+        self.text_encoder, self.projection, self.config = model
         self.space, self._database, self._files = space, database, files
         self._map_path = map_path
-        self._search_params = {}
-        self.has_moments = database.identity(moments_collection(space.name)) is not None
-        for name in [space.name] + [moments_collection(space.name)] * self.has_moments:
-            self._search_params[name] = database.identity(name)["search_params"]
-            database.load(name)
+        self._search_params: dict[str, dict] = {}
+        for name in (space.name, moments_collection(space.name)):
+            if identity := database.identity(name):
+                self._search_params[name] = identity["search_params"]
+                database.load(name)
+        self.has_moments = moments_collection(space.name) in self._search_params
 
     def embed(self, texts: list[str]) -> np.ndarray:
         """Texts as unit vectors (n, audio_dim) float32."""
@@ -134,8 +141,9 @@ class Searcher:
         from music_library.music_folder import track_id  # here, as the web page has no use for the folder walk
 
         back = self._map_path and (self._map_path[1], self._map_path[0])
-        for each in (str(path), replaced_prefix(str(path), back)):
-            number = track_id(Path(each).absolute())
+        spellings = [os.path.realpath(path), os.path.abspath(path)]  # the second: indexed before links were resolved
+        for each in dict.fromkeys([*spellings, *(replaced_prefix(each, back) for each in [str(path), *spellings])]):
+            number = track_id(Path(os.path.abspath(each)))
             if self._database.get(self.space.name, [number], ["path"]):
                 return track_name(number)
         return None
@@ -183,7 +191,7 @@ class Searcher:
             limit, size = 4 * limit, len(windows)
             (windows,) = self._nearest_windows(query, limit)
         rows = self._database.get(self.space.name, list(best)[: 2 * k], TRACK_FIELDS)
-        hits = []
+        hits: list[Hit] = []
         for track, window in best.items():
             if track in rows and len(hits) < k:
                 fields = {field: rows[track][field] for field in TRACK_FIELDS}
@@ -234,11 +242,12 @@ def open_searcher(
     TO), the start of the indexed paths and what it is here. vectors_dir: the plain vectors (default: beside the
     index). Raises `UserError` where either is missing, held by another process, or made for something else.
     """
-    recorded = recorded_space(read_checkpoint(checkpoint), checkpoint)
+    contents = read_checkpoint(checkpoint)
+    recorded = recorded_space(contents, checkpoint)
     database = VectorDatabase(milvus_uri, token)
     try:
-        models = load_checkpoint(checkpoint, device)
-        name = models[2].audio_encoder
+        model = load_checkpoint(checkpoint, device, contents)
+        name = model.config.audio_encoder
         files = Path(vectors_dir) if vectors_dir else vectors_folder(milvus_uri)
         identity = database.identity(name)
         if identity is None:
@@ -247,11 +256,11 @@ def open_searcher(
                 f"{', '.join(database.names()) or 'nothing'}; "
                 f"index it with `python index_library.py MUSIC_DIR --checkpoint {checkpoint}`"
             )
-        space = IndexSpace(name, models[1], recorded["recipe"], recorded["id"], identity["narrow"], files / name)
+        space = IndexSpace(name, model.projection, recorded["recipe"], recorded["id"], identity["narrow"], files / name)
         for each in (identity, database.identity(moments_collection(name))):
             if each is not None:
                 check_identity(each, space.identity, milvus_uri, checkpoint)
-        return Searcher(models, database, space, files, map_path)
+        return Searcher(model, database, space, files, map_path)
     except BaseException:
         database.close()
         raise

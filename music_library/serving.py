@@ -8,15 +8,16 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -24,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import UserError
 from music_library.api_listing import api_listing
+from music_library.byte_ranges import settle_range
 from music_library.cover_art import cover_art
 from music_library.query_worker import NotReady, QueryWorker, Refused, TextQuery
 
@@ -37,15 +39,20 @@ MAX_BODY = 64 * 1024
 MAX_HEAD = 2 * 2**20
 """The longest request line with headers that is read before it is refused, in bytes."""
 MEDIA_TYPES = {
-    ".mp3": "audio/mpeg", ".flac": "audio/flac", ".wav": "audio/wav", ".ogg": "audio/ogg", ".oga": "audio/ogg",
-    ".opus": "audio/ogg", ".m4a": "audio/mp4", ".aac": "audio/aac", ".wma": "audio/x-ms-wma", ".aiff": "audio/aiff",
+    ".mp3": "audio/mpeg", ".mp2": "audio/mpeg", ".flac": "audio/flac", ".wav": "audio/wav", ".ogg": "audio/ogg",
+    ".oga": "audio/ogg", ".opus": "audio/ogg", ".m4a": "audio/mp4", ".m4b": "audio/mp4", ".mp4": "audio/mp4",
+    ".aac": "audio/aac", ".wma": "audio/x-ms-wma", ".aif": "audio/aiff", ".aiff": "audio/aiff", ".aifc": "audio/aiff",
+    ".au": "audio/basic", ".snd": "audio/basic", ".mka": "audio/matroska", ".weba": "audio/webm",
+    ".wv": "audio/x-wavpack", ".ape": "audio/x-ape", ".w64": "audio/x-w64", ".caf": "audio/x-caf",
 }  # fmt: skip
 PAGE = Path(__file__).with_name("search_page.html")
-NO_TELEMETRY = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+GONE = "the track's file is no longer where it was indexed"
+NO_TELEMETRY: TelemetryConfig = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
 """Queries stay on this machine, whatever the environment says."""
 
 log = logging.getLogger(__name__)
 
+Route = TypeVar("Route", bound=Callable[..., Any])
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUERY)]
 
 
@@ -107,7 +114,8 @@ class Problem(BaseModel):
     error: str
 
 
-UNKNOWN = {404: {"model": Problem}}
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
+UNSATISFIABLE: dict[int | str, dict[str, Any]] = {416: {"model": Problem}}
 
 
 def create_app(
@@ -144,6 +152,16 @@ def create_app(
     return app
 
 
+def _get(app: FastAPI, path: str, **options: Any) -> Callable[[Route], Route]:
+    """`app.get`, with HEAD answered as well: the same without the body, and not listed a second time."""
+
+    def add(function: Route) -> Route:
+        app.head(path, include_in_schema=False)(function)
+        return app.get(path, **options)(function)
+
+    return add
+
+
 def _add_search(app: FastAPI, worker: QueryWorker) -> None:
     """The JSON API."""
 
@@ -153,7 +171,7 @@ def _add_search(app: FastAPI, worker: QueryWorker) -> None:
         hits = await asyncio.wrap_future(worker.text_query(asked))
         return Answer(results=[Track.from_hit(hit) for hit in hits])
 
-    @app.get("/api/search", summary="Tracks that sound like a text")
+    @_get(app, "/api/search", summary="Tracks that sound like a text")
     async def search_get(query: Annotated[SearchQuery, Query()]) -> Answer:
         return await search(query)
 
@@ -161,7 +179,7 @@ def _add_search(app: FastAPI, worker: QueryWorker) -> None:
     async def search_post(query: SearchQuery) -> Answer:
         return await search(query)
 
-    @app.get("/api/like/{track}", summary="Tracks that sound like an indexed track", responses=UNKNOWN)
+    @_get(app, "/api/like/{track}", summary="Tracks that sound like an indexed track", responses=UNKNOWN)
     async def like(track: str, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> Answer:
         def ask(searcher: "Searcher") -> list["Hit"] | None:
             return None if searcher.path_of(track) is None else searcher.like(track, k)
@@ -171,7 +189,7 @@ def _add_search(app: FastAPI, worker: QueryWorker) -> None:
             raise HTTPException(404, "no indexed track has this id")
         return Answer(results=[Track.from_hit(hit) for hit in hits])
 
-    @app.get("/api/status", summary="Is the model loaded, and how many tracks are there")
+    @_get(app, "/api/status", summary="Is the model loaded, and how many tracks are there")
     async def status() -> Status:
         count = None
         if worker.state == "ready":
@@ -187,18 +205,23 @@ def _add_files(app: FastAPI, worker: QueryWorker) -> None:
         if path is None:
             raise HTTPException(404, "no indexed track has this id")
         if not await asyncio.to_thread(path.is_file):
-            raise HTTPException(404, "the track's file is no longer where it was indexed")
+            raise HTTPException(404, GONE)
         return path
 
     IndexedFile = Annotated[Path, Depends(indexed_file)]
 
-    @app.head("/audio/{track}", include_in_schema=False)
-    @app.get("/audio/{track}", summary="The track's file; takes a Range header", response_class=FileResponse,
-             responses=UNKNOWN)  # fmt: skip
-    async def audio(path: IndexedFile) -> FileResponse:
-        return FileResponse(path, media_type=MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream"))
+    @_get(app, "/audio/{track}", summary="The track's file; takes a Range header", response_class=FileResponse,
+          responses=UNKNOWN | UNSATISFIABLE)  # fmt: skip
+    async def audio(path: IndexedFile, request: Request) -> FileResponse:
+        media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+        try:
+            response = FileResponse(path, media_type=media_type, stat_result=await asyncio.to_thread(path.stat))
+        except OSError:
+            raise HTTPException(404, GONE) from None
+        settle_range(request, response)
+        return response
 
-    @app.get("/cover/{track}", summary="The cover in the file's tags", response_class=Response, responses=UNKNOWN)
+    @_get(app, "/cover/{track}", summary="The cover in the file's tags", response_class=Response, responses=UNKNOWN)
     def cover(path: IndexedFile) -> Response:
         found = cover_art(path)
         if found is None:
@@ -211,11 +234,11 @@ def _add_pages(app: FastAPI) -> None:
     page = PAGE.read_text(encoding="utf-8")
     policy = content_policy(page)
 
-    @app.get("/", include_in_schema=False)
+    @_get(app, "/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 
-    @app.get("/docs", include_in_schema=False)
+    @_get(app, "/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         listing = api_listing(app.openapi())
         return HTMLResponse(listing, headers={"Content-Security-Policy": content_policy(listing)})
@@ -235,8 +258,18 @@ def content_policy(page: str) -> str:
     )
 
 
-def _problem(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def _problem(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": " ".join(text.split())}, status, headers)
+
+
+def _parameter(fault: dict[str, Any]) -> str:
+    """The parameter that pydantic finds fault with; "body" for a body that is no JSON.
+
+    A place is ("query" | "body" | "path", the parameter, the type of a union that was tried...).
+    """
+    if fault["type"] == "json_invalid" or len(fault["loc"]) == 1:
+        return str(fault["loc"][0])
+    return str(fault["loc"][1])[:80]
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -244,9 +277,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])[:80]
-        return _problem(400, f"{where}: {first['msg']}" if where else first["msg"])
+        faults = error.errors()
+        parameter = _parameter(faults[0])
+        reasons = " or ".join(dict.fromkeys(fault["msg"] for fault in faults if _parameter(fault) == parameter))
+        return _problem(400, f"{parameter}: {reasons}" if parameter else reasons)
 
     @app.exception_handler(AnyHTTPException)
     async def refused(_: Request, error: AnyHTTPException) -> JSONResponse:

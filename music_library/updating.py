@@ -1,5 +1,7 @@
 """Bringing the plain vectors of a library up to date with its folder, and Milvus up to date with them."""
 
+import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -10,7 +12,7 @@ import numpy as np
 from common.errors import UserError
 from music_library.index_space import IndexSpace
 from music_library.milvus_index import FIELD, IndexChoice, VectorDatabase
-from music_library.music_folder import audio_files, content_hash, read_tags, track_id
+from music_library.music_folder import NEEDS_FFMPEG, NOT_READ, MusicFolder, content_hash, read_tags, track_id
 from music_library.searching import check_identity, moments_collection
 from music_library.vector_files import Track, VectorFiles
 
@@ -22,7 +24,8 @@ class Changes:
     """What a walk over the folder found.
 
     todo: files to be embedded. unchanged, touched (same content), moved (content known from another path): tracks
-    that need no encoder. left_out: what cannot be read, with its reason.
+    that need no encoder. left_out: what cannot be read, with its reason; kinds: reason -> suffix ->
+    how many, of kinds that are not read. roots: the folders that were walked, `unread` what of them could not be.
     """
 
     todo: list[Track] = field(default_factory=list)
@@ -32,6 +35,20 @@ class Changes:
     moved: int = 0
     left_out: list[str] = field(default_factory=list)
     unread: list[Path] = field(default_factory=list)
+    kinds: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    roots: list[Path] = field(default_factory=list)
+
+    @property
+    def count_left_out(self) -> int:
+        """Files that are left out, those of whole kinds as well."""
+        return len(self.left_out) + sum(kinds.total() for kinds in self.kinds.values())
+
+    def lines(self) -> Iterator[str]:
+        """What is left out: a line for each file, and one for all those of kinds that are not read."""
+        yield from self.left_out
+        for reason, kinds in self.kinds.items():
+            found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            yield f"{kinds.total()} files of {reason}: {found}"
 
 
 def look_through(folder: Path, files: VectorFiles, moments: bool, step: Callable[[], object]) -> Changes:
@@ -40,8 +57,10 @@ def look_through(folder: Path, files: VectorFiles, moments: bool, step: Callable
     A file of the size and time that are noted is unchanged; else its content decides, by hash. With `moments` a
     track whose windows are not kept is to be embedded.
     """
-    changes = Changes()
-    for path, reason in audio_files(folder):
+    _resolve_paths(files)
+    walk = MusicFolder(folder)
+    changes = Changes(roots=walk.roots)
+    for path, reason in walk:
         step()
         if reason is None:
             try:
@@ -51,8 +70,23 @@ def look_through(folder: Path, files: VectorFiles, moments: bool, step: Callable
         if reason is not None:
             changes.present.add(track_id(path))
             changes.unread.append(path)
+            if reason in (NEEDS_FFMPEG, NOT_READ):
+                changes.kinds[reason][path.suffix.lower()] += 1
+                continue
             changes.left_out.append(f"{printable(path)}: {reason}")
     return changes
+
+
+def _resolve_paths(files: VectorFiles) -> None:
+    """Put the tracks of an index under the paths that they have without links, each once, with their vectors."""
+    for track in list(files.tracks()):
+        path = os.path.realpath(track.path)
+        if path != track.path:
+            number = track_id(Path(path))
+            if files.find(id=number) is None:
+                files.rename(track.id, number, path)
+            else:
+                files.remove([track.id])
 
 
 def printable(path: Path) -> str:
@@ -119,17 +153,16 @@ def take_events(
         yield track, reason
 
 
-def prune(folder: Path, files: VectorFiles, changes: Changes) -> int:
-    """Take tracks out of the catalogue that stood below the folder and are no longer there; returns how many.
+def prune(files: VectorFiles, changes: Changes) -> int:
+    """Take out the tracks that stood below the folders walked and are no longer there; returns how many.
 
     What is below a folder that could not be read is kept: nobody knows whether it is there.
     """
-    root = folder.absolute()
     gone = [
         track.id
         for track in files.tracks()
         if track.id not in changes.present
-        and Path(track.path).is_relative_to(root)
+        and any(Path(track.path).is_relative_to(root) for root in changes.roots)
         and not any(Path(track.path).is_relative_to(each) for each in changes.unread)
     ]
     files.remove(gone)
@@ -258,7 +291,7 @@ def bring_over(
 
 
 def _put_foreign(files: VectorFiles, row: dict, vector: np.ndarray) -> None:
-    path = Path(row["path"]).absolute()
+    path = Path(row["path"]).resolve()
     size, mtime, digest = -1, -1, b""
     if path.is_file():  # then the next walk over the folder leaves it as it is
         state = path.stat()

@@ -121,7 +121,7 @@ class VectorFiles:
     def __enter__(self) -> "VectorFiles":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # reading
@@ -224,6 +224,17 @@ class VectorFiles:
                 self._database.execute("DELETE FROM windows WHERE track = ?", (track.id,))
                 rows = [(track.id, start, row, self._version) for start, row in windows]
                 self._database.executemany("INSERT INTO windows VALUES (?, ?, ?, ?)", rows)
+
+    def rename(self, old: int, new: int, path: str) -> None:
+        """Give a track, with its windows, another id and path."""
+        self._version += 1
+        with self._database:
+            self._database.execute(
+                "UPDATE tracks SET id = ?, path = ?, version = ? WHERE id = ?", (new, path, self._version, old)
+            )
+            self._database.execute(
+                "UPDATE windows SET track = ?, version = ? WHERE track = ?", (new, self._version, old)
+            )
 
     def remove(self, ids: Iterable[int]) -> None:
         """Take tracks and their windows out of the catalogue."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import publish, require_space
-from preparing.work_file import DONE, REASONS, TODO, Lock, WorkFile, any_shards, check_settings, shard_path, tail_is_cut
+from common.files import Lock, publish, require_space
+from preparing.work_file import DONE, REASONS, TODO, WorkFile, any_shards, check_settings, shard_path, tail_is_cut
 from store.reading import SPLITS, EmbeddingStore, Split, vector_block
 from store.writing import create_store, store_bytes, write_statistics
 

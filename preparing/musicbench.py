@@ -1,4 +1,4 @@
-"""MusicBench: its files, on the hub or in a folder, as recordings with captions; other tables go to own_recordings.py.
+"""MusicBench: its files, on the hub or in a folder, as rows with captions.
 
 The metadata are JSON Lines: MusicBench_train.json, MusicBench_test_A.json, MusicBench_test_B.json. Test A and B
 are the same recordings with two sets of captions, so they become one recording with up to four captions.
@@ -10,11 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from common import hub
 from common.errors import UserError
-from preparing.clips import ClipSource, HubTarClips, folder_or_tar
-from preparing.own_recordings import read_own_recordings
-from preparing.recordings import Caption, Dataset, Recording, Row, build_recordings, read_json_lines, storable
-
-__all__ = ["Caption", "Dataset", "Recording", "download_sizes", "open_dataset", "source_id"]
+from preparing.recordings import Row, read_json_lines, storable
 
 REPO_ID = "amaai-lab/MusicBench"
 REVISION = "b141e962aacc19ffd51c15732738040377989203"
@@ -27,43 +23,6 @@ PUBLISHED_ROWS = {"train": 52_768, "test": 400}
 PUBLISHED_BYTES = {TAR: 16_757_993_240}
 
 _YOUTUBE_STEM = re.compile(r"([\w-]{11})(_\d+)?", re.ASCII)
-
-
-def open_dataset(
-    dataset: str | None = None,
-    revision: str | None = None,
-    val_fraction: float = 0.1,
-    seed: int = 42,
-    limit: int | None = None,
-) -> Dataset:
-    """Read the metadata of MusicBench or of one's own recordings, and say where the audio is.
-
-    `dataset`: None for MusicBench on the hub (at `revision`, by default the pinned one), a folder with MusicBench's
-    files, or a table of one's own recordings (own_recordings.py). Of the hub's files only the metadata are fetched
-    here; the tar follows with `clips.prepare()`. Raises UserError where something is missing or malformed.
-    """
-    if dataset is None:
-        # One commit for all files, whatever happens to a branch meanwhile. The pinned one needs no look-up.
-        commit = hub.resolved_revision(REPO_ID, revision or REVISION, repo_type="dataset")
-        files = [hub.fetch_file(REPO_ID, name, revision=commit, repo_type="dataset") for name in METADATA]
-        clips: ClipSource = HubTarClips(REPO_ID, TAR, commit)
-        recordings, dropped = build_recordings(_rows(files), val_fraction, seed, limit)
-        return Dataset(REPO_ID, commit, recordings, dropped, clips)
-    path = Path(dataset).expanduser()
-    if revision is not None:
-        raise UserError(f"--revision is for MusicBench on the hub; it says nothing about the local {path}")
-    if path.is_dir():
-        files = _metadata_in(path)
-        recordings, dropped = build_recordings(_rows(files), val_fraction, seed, limit)
-        clips = folder_or_tar(path, [recording.audio_id for recording in recordings])
-    elif path.is_file():
-        rows, clips = read_own_recordings(path)
-        recordings, dropped = build_recordings(rows, val_fraction, seed, limit)
-    else:
-        raise UserError(f"--dataset {path}: expected a folder with {', '.join(METADATA)}, or a table; found neither")
-    if not any(recording.split == "train" for recording in recordings):
-        raise UserError(f"--dataset {path}: no recording is left to train on ({_losses(dropped)})")
-    return Dataset(path.resolve().name, None, recordings, dropped, clips)
 
 
 def download_sizes(revision: str | None = None) -> tuple[dict[str, int], str]:
@@ -88,7 +47,7 @@ def source_id(audio_id: str) -> str:
     return match[1] if match else stem
 
 
-def _metadata_in(folder: Path) -> list[Path]:
+def metadata_in(folder: Path) -> list[Path]:
     """Paths of the three metadata files of a MusicBench folder."""
     missing = [name for name in METADATA if not (folder / name).is_file()]
     if missing:
@@ -101,7 +60,7 @@ def _metadata_in(folder: Path) -> list[Path]:
     return [folder / name for name in METADATA]
 
 
-def _rows(files: list[Path]) -> Iterator[Row]:
+def rows_of(files: list[Path]) -> Iterator[Row]:
     """The rows of the metadata files, train first. Raises UserError for files without rows or columns."""
     for path in files:
         group = GROUPS.get(path.name, "")
@@ -135,8 +94,3 @@ def _location(where: str, value: object) -> str:
     if path.is_absolute() or ".." in path.parts or not path.name or not storable(value):
         raise UserError(f"{where}: expected a location inside the data set's folder, found {value!r}")
     return str(path)
-
-
-def _losses(dropped: dict[str, list[str]]) -> str:
-    counts = [f"{len(ids)} dropped: {reason}" for reason, ids in dropped.items() if ids]
-    return "; ".join(counts) or "nothing was dropped"

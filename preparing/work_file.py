@@ -6,7 +6,6 @@ the file opens as HDF5 at any time; finishing it is writing the statistics, cutt
 Nothing is ever moved or grown in between: a process killed at any instant loses at most its open batch.
 """
 
-import fcntl
 import json
 import os
 import struct
@@ -26,37 +25,6 @@ STATE_OF_REASON = {reason: state for state, reason in REASONS.items()}
 
 _FOOTER = struct.Struct("<8sQQ")  # magic, bytes of the HDF5 part, bytes of the settings
 _MAGIC = b"WORKFILE"
-
-
-class Lock:
-    """An exclusive lock on a path, held until `release` or until the process ends, however it ends.
-
-    Without `wait`, a lock that another process holds raises `UserError(message)`.
-    """
-
-    def __init__(self, path: Path, wait: bool, message: str = ""):
-        self._path = path
-        while True:
-            self._file = open(path, "a")  # noqa: SIM115 - the lock lives as long as the open file
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                self._file.close()
-                raise UserError(message) from error
-            if self._is_current():
-                return
-            self._file.close()  # the holder before us removed this file; another one is in its place
-
-    def _is_current(self) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        """Remove the file and let the next process in."""
-        self._path.unlink(missing_ok=True)
-        self._file.close()
 
 
 def shard_path(folder: Path, split_id: int, num_splits: int) -> Path:

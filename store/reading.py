@@ -16,6 +16,7 @@ through h5py.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -31,7 +32,7 @@ SPLITS = ("train", "val", "test")
 class StoreHeader:
     """What the whole file is made of; the root attributes.
 
-    `encoders` maps a space's name ("muq", "mert", "latent") to {id, revision, dim, sample_rate, recipe}.
+    `encoders` maps a space's name ("muq", ...) to {id, revision, dim, sample_rate, recipe}.
     """
 
     dataset: str
@@ -90,7 +91,7 @@ class Block:
         """Bytes of one row (of one element where the data set has one axis)."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
 
-    def map(self, path: str | Path, mode: str = "r") -> np.ndarray:
+    def map(self, path: str | Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
         """Map the block as an array; an empty block cannot be mapped and is a plain empty array."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)

@@ -119,7 +119,7 @@ def column_statistics(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Chunks are joined by the parallel update of Chan, Golub and LeVeque (1983), which does not cancel
     where the mean is large beside the deviation. Raises `UserError` for no rows.
     """
-    count, mean, squares = 0, 0.0, 0.0
+    count, mean, squares = 0, np.zeros(()), np.zeros(())  # of no shape yet: the first chunk gives them its own
     for chunk in row_chunks(vectors):
         chunk = chunk.astype(np.float64)
         chunk_mean = chunk.mean(0)
@@ -140,7 +140,8 @@ def write_statistics(path: str | Path, blocks: dict[str, Block], encoders: Itera
         for which, value in zip(("mean", "std"), values, strict=True):
             target = blocks[statistics_block(encoder, which)].map(path, "r+")
             target[:] = value
-            target.flush()
+            if isinstance(target, np.memmap):
+                target.flush()
 
 
 def write_store(

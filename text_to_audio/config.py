@@ -5,7 +5,8 @@ import ast
 import inspect
 import textwrap
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args, get_origin
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -23,8 +24,8 @@ class TrainingConfig:
     """
 
     audio_encoder: str
-    """audio space to train for: latent, muq or mert, as the store holds it; several names train one text encoder with a
-    head for each (joint training)"""
+    """audio space to train for, by its name in the store; several names train one text encoder with a head for each
+    (joint training)"""
     data_path: str = "data/musicbench_embeddings/embeddings.h5"
     """store of audio vectors and captions, written by prepare_dataset.py"""
     checkpoint_dir: str = "checkpoints"
@@ -40,8 +41,9 @@ class TrainingConfig:
     """width of the audio space, read from the store"""
     instruction: str = "auto"
     """task put before each text as Qwen3-Embedding wants it; auto: for Qwen only; "": none; else the task's text"""
-    pooling: Literal["auto", "last", "mean"] = "auto"
-    """how tokens become one vector; auto: the last token for decoder-only models, the mean for BERT-like ones"""
+    pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    """how tokens become one vector; auto: as the model's own 1_Pooling/config.json says, else the mean for models that
+    look both ways and the last token for the others; a run's checkpoints say which it was"""
     max_length: int = 192
     """tokens of a text, instruction and end token included; longer texts are cut"""
 
@@ -230,11 +232,12 @@ def _device_faults(config: TrainingConfig) -> list[str]:
 def field_help(cls: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, whitespace joined."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    return {
-        entry.target.id: " ".join(text.value.value.split())
-        for entry, text in zip(definition.body, definition.body[1:], strict=False)
-        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for entry, text in pairwise(definition.body):
+        if isinstance(entry, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(entry.target)] = " ".join(str(ast.literal_eval(text.value)).split())
+    return texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,11 +253,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if each.type is bool:
             parser.add_argument(flag, action="store_true", default=each.default, help=texts[each.name])
             continue
-        options = (
-            {"choices": get_args(each.type)}
-            if get_origin(each.type) is Literal
-            else {"type": each.type, "metavar": each.type.__name__.upper()}
-        )
+        options: dict[str, Any]
+        if get_origin(each.type) is Literal:
+            options = {"choices": get_args(each.type)}
+        else:
+            assert isinstance(each.type, type)
+            options = {"type": each.type, "metavar": each.type.__name__.upper()}
         parser.add_argument(flag, default=each.default, help=f"{texts[each.name]} (default: %(default)s)", **options)
 
 

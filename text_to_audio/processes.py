@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -26,6 +26,11 @@ class Processes:
 
     number: int = 0
     count: int = 1
+    device: str | None = None
+
+    def on_own_device(self, config: TrainingConfig) -> TrainingConfig:
+        """The settings with this process's GPU, where the processes have one each; else as they are."""
+        return replace(config, device=self.device) if self.device else config
 
     @property
     def is_main(self) -> bool:
@@ -53,10 +58,12 @@ class Processes:
         """Sum the gradients over the processes; one that had no work counts as zero."""
         if self.count == 1:
             return
+        gradients = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.sum([parameter.grad for parameter in parameters])
+            gradients.append(parameter.grad)
+        self.sum(gradients)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -80,7 +87,7 @@ ALONE = Processes()
 
 
 def join(config: TrainingConfig) -> Processes:
-    """Join the processes that torchrun has started, on a GPU of its own each; sets the config's device.
+    """Join the processes that torchrun has started, on a GPU of its own each (`Processes.on_own_device`).
 
     The effective batch stays what the config says, so the passes of a step are shared out. Raises `UserError` where
     they cannot be shared evenly, or there are fewer GPUs than processes.
@@ -94,10 +101,11 @@ def join(config: TrainingConfig) -> Processes:
             f"expected gradient_accumulation_steps to be a multiple of the {count} processes, which share its passes, "
             f"found {passes}"
         )
+    device = None
     if config.torch_device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(f"expected a GPU for each process of this machine, found {torch.cuda.device_count()}")
-        config.device = f"cuda:{local}"
+        device = f"cuda:{local}"
         torch.cuda.set_device(local)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return Processes(distributed.get_rank(), count)
+    return Processes(distributed.get_rank(), count, device)

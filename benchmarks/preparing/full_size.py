@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script,
 import train
 from benchmarks.own_process import in_own_process
 from common.errors import run_script
-from embedding_models import MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from examples import make_tiny_models as tiny
 from store.reading import Split, StoreHeader
 from store.writing import write_store
@@ -67,27 +66,24 @@ LONG_TEXT = (
 )
 
 
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "muq": partial(tiny.write_muq, config=MUQ_CONFIG, mulan_config=MULAN_CONFIG),
+    "mert": partial(tiny.write_mert, config=tiny.HubertConfig(**MERT_SHAPE)),
+    "latent": partial(tiny.write_music2latent, fields={}),
+}
+
+
 def write_encoder(name: str, folder: Path) -> None:
     """Write one encoder's checkpoint with random weights at the published widths."""
     torch.manual_seed(0)
-    if name == "muq":
-        tiny.write_muq(folder, MUQ_CONFIG, MULAN_CONFIG)
-    elif name == "mert":
-        tiny.write_mert(folder, tiny.HubertConfig(**MERT_SHAPE))
-    else:
-        tiny.write_music2latent(folder, {})
+    WRITERS[name](folder)
 
 
 def embed_clip(name: str, folder: Path) -> str:
     """Load an encoder and embed ten seconds of stereo noise at 44.1 kHz."""
     soundfile.write(folder / "clip.wav", np.random.default_rng(0).normal(0, 0.1, (441_000, 2)), 44_100)
     start = time.perf_counter()
-    if name == "muq":
-        model = MuQEmbeddingModel(folder / "muq_mulan", folder / "muq_large")
-    elif name == "mert":
-        model = MertModel(folder / "mert")
-    else:
-        model = MusicLatentSpaceModel(folder / "music2latent")
+    model = tiny.encoder_spec(folder, name).load()
     loaded = time.perf_counter()
     vector = model.embed_file(folder / "clip.wav")
     seconds = time.perf_counter() - loaded
@@ -157,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/preparing/full_size.py --parts mert train",
     )
-    names = ("muq", "mert", "latent", "train")
+    names = (*WRITERS, "train")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="what to run (all)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the text model, of 36 (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="captions a pass in float32 (%(default)s)")

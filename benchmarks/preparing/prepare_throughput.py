@@ -19,10 +19,10 @@ import numpy as np
 import soundfile
 import torch
 
-from embedding_models import MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from embedding_models.audio import AudioFormat, track_windows
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.pipeline import StageSeconds, embed_clips
+from examples.make_tiny_models import FOLDERS, encoder_spec
 from preparing.clips import TarClips
 from preparing.work_file import DONE, WorkFile
 from store.reading import Split, StoreHeader
@@ -125,11 +125,7 @@ def run_pipeline(
 
 def tiny_encoders(models: Path) -> list[AudioEmbeddingModel]:
     """The three encoders of examples/make_tiny_models.py."""
-    return [
-        MuQEmbeddingModel(models / "muq_mulan", backbone=models / "muq_large", device="cpu"),
-        MertModel(models / "mert", device="cpu"),
-        MusicLatentSpaceModel(models / "music2latent", device="cpu"),
-    ]
+    return [encoder_spec(models, name, device="cpu").load() for name in FOLDERS]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder is the path
 from common.errors import run_script
-from embedding_models.costs import PUBLISHED
+from embedding_models.registry import ENCODERS
 from store.reading import SPLITS, EmbeddingStore
 from store.writing import write_store
 
@@ -39,7 +39,7 @@ def widen(path: str, out: Path) -> None:
         width = store.dim(name)
         matrix = None
         if name in WIDENED:
-            matrix = rng.standard_normal((width, PUBLISHED[name].dim), np.float32) / np.sqrt(width)
+            matrix = rng.standard_normal((width, ENCODERS[name].dim), np.float32) / np.sqrt(width)
         encoders[name] = {**store.encoders[name], "dim": width if matrix is None else matrix.shape[1]}
         for split in SPLITS:
             found = np.array(store.vectors(split, name), np.float32)

@@ -12,7 +12,7 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder is the path
 from common.errors import run_script
-from embedding_models.track_workers import EncoderSpec
+from embedding_models.registry import ENCODERS, add_encoder_flags, spec_from_flags
 from embedding_models.tracks import embed_track
 
 RATE = 44_100
@@ -31,36 +31,35 @@ def write_track(path: Path, minutes: int) -> None:
 def measure(path: Path, encoder) -> str:
     """Embed a track; windows, seconds, and resident memory after each tenth of it."""
     process, held, started = psutil.Process(), [], time.perf_counter()
-    seconds, parts = embed_track(encoder, path, BATCH)
+    track, parts = embed_track(encoder, path, BATCH)
     windows = 0
     for vectors in parts:
         windows += len(vectors)
         held.append(process.memory_info().rss / 1e6)
     shown = " ".join(f"{held[i * (len(held) - 1) // 10]:.0f}" for i in range(11))
     taken = time.perf_counter() - started
-    return f"{seconds / 60:5.0f} min, {windows:5} windows, {taken:6.1f} s; MB at each tenth: {shown}"
+    return f"{track.seconds / 60:5.0f} min, {windows:5} windows, {taken:6.1f} s; MB at each tenth: {shown}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python benchmarks/searching/long_track.py --encoder muq --model demo/models/muq_mulan "
-        "--backbone demo/models/muq_large   (after make demo)",
+        epilog="example: python benchmarks/searching/long_track.py --muq-model demo/models/muq_mulan "
+        "--muq-backbone demo/models/muq_large   (after make demo)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--encoder", default="muq", choices=("muq", "mert", "latent"), help="audio encoder (default: %(default)s)")
-    add("--model", help="hub id or folder of it (the published one)")
-    add("--backbone", help="MuQ-MuLan's MuQ (the one it names)")
+    add("--encoder", default="muq", choices=tuple(ENCODERS), help="audio encoder (default: %(default)s)")
     add("--minutes", type=int, nargs="+", default=[2, 10, 180], help="lengths of the tracks (default: 2 10 180)")
+    add_encoder_flags(parser, "the published one")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = build_parser().parse_args(argv)
-    encoder = EncoderSpec(args.encoder, args.model, args.backbone).load()
+    encoder = spec_from_flags(args, ENCODERS[args.encoder], "auto", "float32").load()
     with tempfile.TemporaryDirectory() as name:
         for minutes in args.minutes:
             path = Path(name, f"{minutes}.flac")

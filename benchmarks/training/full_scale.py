@@ -20,7 +20,7 @@ import train
 from benchmarks.training.captions import random_captions
 from common.errors import run_script
 from common.files import publish
-from embedding_models.costs import PUBLISHED
+from embedding_models.registry import DEFAULTS, ENCODERS
 from examples.make_tiny_models import write_qwen3
 from store.reading import Split, StoreHeader, vector_block
 from store.writing import create_store, row_chunks, write_statistics
@@ -35,7 +35,7 @@ def write_synthetic_store(path: Path, scale: float) -> None:
     """Write the store row by row, so that it is never in memory."""
     rng = np.random.default_rng(0)
     entry = {"id": "random", "revision": None, "sample_rate": 24_000, "recipe": "none"}
-    encoders = {name: {**entry, "dim": published.dim} for name, published in PUBLISHED.items()}
+    encoders = {name: {**entry, "dim": ENCODERS[name].dim} for name in DEFAULTS}
     header, splits = StoreHeader("random", None, 0, "float16", encoders), {}
     for name, rows in SPLITS.items():
         rows = max(COPIES, int(rows * scale))
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16, help="captions in a pass (%(default)s)")
     parser.add_argument("--passes", type=int, default=4, help="passes in a step (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the recordings, for a trial (%(default)s)")
-    parser.add_argument("--encoder", choices=tuple(PUBLISHED), default="mert", help="audio space (%(default)s)")
+    parser.add_argument("--encoder", choices=DEFAULTS, default="mert", help="audio space (%(default)s)")
     parser.add_argument("--work", type=Path, help="where the temporary folder is made (the system's)")
     return parser
 

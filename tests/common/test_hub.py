@@ -22,6 +22,7 @@ MAIN = """import common.hub as hub
 from common.errors import UserError, run_script
 from common.hub import *
 from preparing.musicbench import *
+from preparing.opening import *
 {patience}
 def main():
     {code}

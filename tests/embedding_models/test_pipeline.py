@@ -87,7 +87,7 @@ def test_one_bad_clip_harms_no_other():
 
 def test_a_track_that_breaks_off_late_is_one_error():
     broken = level(0.1, 35)
-    clips = [("broken", broken[: len(broken) - RATE]), *((number, level(0.2)) for number in range(5))]
+    clips = [("broken", broken[: len(broken) - 2 * RATE]), *((number, level(0.2)) for number in range(5))]
     results = run(clips, LevelEncoder(), batch_size=3)
     assert results["broken"].reason == "unreadable"
     assert all(isinstance(results[number], dict) for number in range(5))

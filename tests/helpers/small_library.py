@@ -6,7 +6,7 @@ import soundfile
 import torch
 
 from embedding_models.enrichment import RECIPE
-from embedding_models.track_workers import EncoderSpec
+from examples.make_tiny_models import encoder_spec
 from helpers.small_musicbench import clip
 from helpers.tiny_text_models import make_bert
 from text_to_audio.config import TrainingConfig
@@ -16,8 +16,7 @@ from text_to_audio.model.text_encoder import TextEncoder
 
 
 def spec(models, name="muq"):
-    folder = {"muq": "muq_mulan", "mert": "mert", "latent": "music2latent"}[name]
-    return EncoderSpec(name, str(models / folder), str(models / "muq_large"), device="cpu")
+    return encoder_spec(models, name, device="cpu")
 
 
 def write_checkpoint(path, models, text_model, name="muq", seed=0, standardise="zscore", recipe=RECIPE):

@@ -1,14 +1,18 @@
 """The plain vectors kept beside an index, and the walk over a folder."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from common.errors import UserError
-from music_library.music_folder import audio_files, content_hash, read_tags, track_id
+from music_library import music_folder
+from music_library.music_folder import MusicFolder, Tags, content_hash, read_tags, track_id
 from music_library.vector_files import Track, VectorFiles, vectors_folder
 
+DATA = Path(__file__).parents[1] / "data/cases"
 ABOUT = {"space": "muq", "dim": 4, "recipe": "r1", "encoder": "some/model", "revision": None}
 
 
@@ -74,13 +78,13 @@ def test_the_walk_ends_in_loops_and_tells_what_it_leaves_out(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
     with open(os.fsencode(tmp_path) + b"/latin\xe9.wav", "wb"):
         pass
-    found = dict(audio_files(tmp_path))
+    found = dict(MusicFolder(tmp_path))
     names = {path.name for path, reason in found.items() if reason is None}
     assert names == {"b.MP3", "c.flac", 'quote\'s "x".wav', "new\nline.ogg", "🎵.opus"}
     assert {path.name for path, reason in found.items() if reason} == {
         "self.wav", "gone.wav", "pipe.wav", os.fsdecode(b"latin\xe9.wav"),
     }  # fmt: skip
-    assert len(list(audio_files(tmp_path))) == len(found)
+    assert len(list(MusicFolder(tmp_path))) == len(found)
 
 
 def test_identity_and_tags(tmp_path):
@@ -96,3 +100,76 @@ def test_identity_and_tags(tmp_path):
     assert track_id(path) == track_id(path) != track_id(wav)
     assert 0 <= track_id(path) < 1 << 63
     assert content_hash(path) != content_hash(wav)
+
+
+def test_each_file_has_one_path_and_bins_are_passed_over(tmp_path):
+    (tmp_path / "real/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    music = tmp_path / "music"
+    music.symlink_to(tmp_path / "real")
+    for name in ("a.mp3", "deep/b.flac", "deep/._b.flac", "..c.ogg"):
+        (tmp_path / "real" / name).write_bytes(b"x")
+    (tmp_path / "elsewhere/d.wav").write_bytes(b"x")
+    (tmp_path / "real/twice.mp3").symlink_to(tmp_path / "real/a.mp3")
+    (tmp_path / "real/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "real/one.wav").symlink_to(tmp_path / "elsewhere/d.wav")
+    passed_over = (
+        "$RECYCLE.BIN", ".Trash-1000", ".Trashes", "@eaDir", "#recycle", "@Recycle", ".stversions", "RECYCLER",
+        "System Volume Information", ".AppleDouble", "__MACOSX", "lost+found", ".git", "#snapshot", ".Spotlight-V100",
+    )  # fmt: skip
+    for name in (*passed_over, "System", "recycled sounds", ".hidden", "Trash"):
+        (tmp_path / "real/deep" / name).mkdir()
+        (tmp_path / "real/deep" / name / f"in {name}.mp3").write_bytes(b"x")
+    for spelling in (music, tmp_path / "real", tmp_path / "real/deep/.." / "." / "deep/..", music / "deep/.."):
+        walk = MusicFolder(spelling)
+        found = dict(walk)
+        assert not any(found.values())
+        names = [path.relative_to(tmp_path.resolve()).as_posix() for path in found]
+        inside = [f"real/deep/{name}/in {name}.mp3" for name in ("System", "recycled sounds", ".hidden", "Trash")]
+        expected = ["real/a.mp3", "real/deep/b.flac", "real/..c.ogg", "elsewhere/d.wav", *inside]
+        assert sorted(names) == sorted(expected)
+        assert walk.roots == [(tmp_path / "real").resolve(), (tmp_path / "elsewhere").resolve()]
+
+
+def test_kinds_that_cannot_be_read_here(tmp_path, monkeypatch):
+    for name in ("a.m4b", "b.WV", "c.ape", "d.mka", "e.wma", "f.au", "g.w64", "h.aifc", "i.mp2", "j.mid", "k.aax"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr(music_folder, "has_ffmpeg", lambda: False)
+    found = {path.suffix.lower(): reason for path, reason in MusicFolder(tmp_path)}
+    assert {kind for kind, reason in found.items() if reason is None} == {".au", ".w64", ".aifc", ".mp2"}
+    assert {kind for kind, reason in found.items() if reason == music_folder.NOT_READ} == {".mid", ".aax"}
+    monkeypatch.setattr(music_folder, "has_ffmpeg", lambda: True)
+    assert sum(reason is None for _, reason in MusicFolder(tmp_path)) == 9
+
+
+def test_tags_of_wav_aiff_and_asf(tmp_path):
+    from mutagen.aiff import AIFF
+    from mutagen.id3 import TALB, TIT2, TPE1
+    from mutagen.wave import WAVE
+
+    for suffix, kind in ((".wav", WAVE), (".aiff", AIFF)):
+        path = tmp_path / f"x{suffix}"
+        soundfile.write(path, np.zeros(8000), 8000)
+        assert read_tags(path).title == "x"
+        file = kind(path)
+        file.add_tags()
+        for frame, text in ((TIT2, "Ein  Lied"), (TPE1, "Jemand"), (TALB, "Die Platte")):
+            file.tags.add(frame(encoding=3, text=text))
+        file.save()
+        assert read_tags(path) == Tags("Ein Lied", "Jemand", "Die Platte", 1.0)
+    tags = read_tags(DATA / "asf.wma")
+    assert (tags.title, tags.artist, tags.album) == ("Wma Title", "Wma Artist", "Wma Album")
+
+
+def test_a_renamed_track_keeps_its_rows(tmp_path):
+    with VectorFiles(tmp_path, "muq", ABOUT) as files:
+        for number in (1, 2):
+            add(files, number, windows=2)
+        before = {window.row: window.version for window in files.windows_of(1)}
+        files.rename(1, 11, "/n/1.wav")
+        renamed = files.find(id=11)
+        assert (renamed.path, files.find(id=1), renamed.row) == ("/n/1.wav", None, 0)
+        after = {window.row: window.version for window in files.windows_of(11)}
+        assert before.keys() == after.keys()
+        assert all(after[row] > before[row] for row in after)
+        assert renamed.version == max(after.values())

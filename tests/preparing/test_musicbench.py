@@ -8,8 +8,9 @@ import pytest
 
 from common.errors import UserError
 from preparing.clips import FileClips, TarClips
-from preparing.musicbench import Caption, open_dataset, source_id
-from preparing.recordings import Row, build_recordings, choose_sources
+from preparing.musicbench import source_id
+from preparing.opening import open_dataset
+from preparing.recordings import Caption, Row, build_recordings, choose_sources
 
 FILES = {"train": "MusicBench_train.json", "A": "MusicBench_test_A.json", "B": "MusicBench_test_B.json"}
 TRAIN_ID, TEST_ID = "aaaaaaaaaa{:01d}", "zzzzzzzzzz{:01d}"
@@ -306,7 +307,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_metadata(folder):
 
 
 def test_the_split_does_not_depend_on_pythons_hash_seed(folder):
-    code = f"from preparing.musicbench import open_dataset; print(open_dataset({str(folder)!r}).recordings)"
+    code = f"from preparing.opening import open_dataset; print(open_dataset({str(folder)!r}).recordings)"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""}, capture_output=True, check=True
@@ -317,5 +318,5 @@ def test_the_split_does_not_depend_on_pythons_hash_seed(folder):
 
 
 def test_reading_does_not_import_datasets():
-    code = "import sys, preparing.musicbench; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, preparing.opening; sys.exit('datasets' in sys.modules or 'torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from common.errors import UserError
-from preparing.musicbench import Caption, open_dataset
+from preparing.opening import open_dataset
+from preparing.recordings import Caption
 
 COLUMNS = ("audio", "caption", "alt_caption", "source_id", "split")
 ROWS = [
@@ -72,6 +73,7 @@ def test_lists_of_captions_and_rows_of_one_audio(table):
     assert dataset.recordings[0].captions == (
         Caption("main", "first"),
         Caption("alt", "second"),
+        Caption("alt", "3"),
         Caption("main", "third"),
     )
     assert dataset.dropped["no caption"] == ["music/two.flac"]

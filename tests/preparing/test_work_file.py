@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.files import Lock
 from helpers.stores import make_header, make_splits, make_vectors
 from preparing.merging import finish
-from preparing.work_file import DONE, STATE_OF_REASON, TODO, Lock, WorkFile, check_settings, shard_path, tail_is_cut
+from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile, check_settings, shard_path, tail_is_cut
 from store.reading import SPLITS, EmbeddingStore
 from store.verifying import faults
 from store.writing import write_store
@@ -155,7 +156,7 @@ def test_a_work_file_cut_in_half_is_one_line(tmp_path, store_parts):
 def test_lock_is_exclusive_and_ends_with_its_process(tmp_path):
     path = tmp_path / "shard.lock"
     code = (
-        "import sys, time; from pathlib import Path; from preparing.work_file import Lock;"
+        "import sys, time; from pathlib import Path; from common.files import Lock;"
         "lock = Lock(Path(sys.argv[1]), wait=False); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

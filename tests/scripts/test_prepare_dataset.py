@@ -11,9 +11,10 @@ import pytest
 
 import prepare_dataset
 from common.errors import UserError
+from common.files import Lock
 from embedding_models import MuQEmbeddingModel
 from helpers.small_musicbench import SmallMusicBench, clip, row, wav_bytes
-from preparing.work_file import DONE, Lock, WorkFile
+from preparing.work_file import DONE, WorkFile
 from store.reading import SPLITS, EmbeddingStore
 from store.verifying import faults
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,6 +174,16 @@ def test_table_and_json(capsys):
     assert clock(3725) == "1:02:05"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_query(tmp_path, monkeypatch):
+    (tmp_path / "queries.txt").write_bytes("\ufeffcalm piano\r\ndrum\r\n".encode())
+    assert search.read_queries(str(tmp_path / "queries.txt")) == ["calm piano", "drum"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffcalm piano\n"))
+    assert search.read_queries("-") == ["calm piano"]
+    (tmp_path / "queries.txt").write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(UserError, match="found none"):
+        search.read_queries(str(tmp_path / "queries.txt"))
+
+
 def test_a_batch_from_a_file_or_stdin_equals_one_by_one(capsys, monkeypatch, tmp_path):
     queries = ["calm piano", "drum", "happy song with guitar"]
     (tmp_path / "queries.txt").write_text("\n\n".join(queries) + "\n")
@@ -244,13 +255,14 @@ def test_mistakes_are_told_in_one_line(words, message):
 
 
 def test_training_imports_neither_milvus_nor_encoders():
-    import subprocess
-
+    """Searching and the model card ask the registry of encoders, which loads none of them."""
     code = (
         "import sys, train, evaluate, text_to_audio.model.inference\n"
-        "print([name for name in sys.modules if name.split('.')[0] in ('pymilvus', 'embedding_models', 'mutagen')])"
+        "print([name for name in sys.modules if name.split('.')[0] in ('pymilvus', 'embedding_models', 'mutagen')])\n"
+        "import export, search\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('embedding_models')))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(search.__file__).parent, capture_output=True, text=True, check=True
     )
-    assert answer.stdout.strip() == "[]"
+    assert answer.stdout.splitlines() == ["[]", "embedding_models embedding_models.registry"]

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from common.errors import UserError
+from helpers.losses import symmetric_loss
 from helpers.stores import make_header, make_splits, make_vectors
 from helpers.tiny_text_models import make_bert, make_qwen3
 from store.writing import write_store
 from text_to_audio.loading.batches import micro_batches
-from text_to_audio.loss.info_nce import symmetric_loss
 from text_to_audio.model.temperature import Temperature
 from text_to_audio.training.optimisation import (
     build_optimizer,

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
@@ -22,13 +22,15 @@ from text_to_audio.processes import Processes
 class StepData:
     """The B captions of one effective batch.
 
-    captions: (B,) their numbers among all. rows: (B,) their recordings' rows. parts: of each micro-batch, the positions
-    in the batch. tokens: those of this process's micro-batches, by the micro-batch's number. vectors: space -> (B, dim)
-    stored vectors of the recordings. token_count: tokens of all micro-batches, without and with padding.
+    captions: (B,) their numbers among all. rows: (B,) their recordings' rows. source: (B,) a number per source.
+    parts: of each micro-batch, the positions in the batch. tokens: those of this process's micro-batches, by the
+    micro-batch's number. vectors: space -> (B, dim) stored vectors of the recordings. token_count: tokens of all
+    micro-batches, without and with padding.
     """
 
     captions: np.ndarray
     rows: np.ndarray
+    source: np.ndarray
     parts: list[np.ndarray]
     tokens: dict[int, Tensor]
     vectors: dict[str, Tensor]
@@ -67,6 +69,7 @@ class StepReader:
         return StepData(
             batch,
             rows,
+            self._captions.caption_source[batch],
             parts,
             {number: self._ready(tokens.padded(captions[parts[number]])) for number in self._own(parts)},
             {name: self._ready(vectors[rows]) for name, vectors in self._vectors.items()},
@@ -79,7 +82,7 @@ class StepReader:
         if not workers:
             yield from (self.read(first_step + i, batch) for i, batch in enumerate(batches))
             return
-        waiting = deque()
+        waiting: deque[Future[StepData]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="step-reader")
         try:
             for i, batch in enumerate(batches):

@@ -97,44 +97,101 @@ def bank_loss(
     the full matrix of cosines with its same-source mask, gradients included, in memory of a tile and three times the
     texts. `same_source`: other recordings of a text's source are left out ("mask") or are targets too ("positive").
     """
-    log_sum, expected, target = _sweep(text.detach(), rows, bank, temperature, label_smoothing, same_source)
+    with torch.no_grad():
+        log_sum, expected, target = _sweep(text.detach(), rows, bank, temperature, label_smoothing, same_source)
     # the derivative of a log-sum-exp is the mean derivative of the scores under its softmax
     expected_score = (expected * text).sum(1) / temperature
     log_sum = log_sum + (expected_score - expected_score.detach())
     return (log_sum - (target * text).sum(1) / temperature).mean()
 
 
-@torch.no_grad()
-def _sweep(text, rows, bank, temperature, label_smoothing, same_source) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp of each text's scores (texts,), and two mean recordings (texts, dim): softmax's and the target's.
+def _sweep(
+    text: Tensor,
+    rows: np.ndarray,
+    bank: AudioBank,
+    temperature: float | Tensor,
+    label_smoothing: float,
+    same_source: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go through the bank once; arguments as in `bank_loss`.
 
-    The softmax's mean is kept relative to the highest score so far, as in online softmax (Milakov and Gimelshein 2018).
+    Returns log-sum-exp of each text's scores (texts,), and two weighted means of the recordings, (texts, dim): by the
+    softmax's weights and by the target's. From these the loss and its gradient follow without the scores.
     """
-    # the few columns whose share of the target is not the even one
+    softmax = _RunningSoftmax(text, temperature)
+    targets = _Targets(text, rows, bank, label_smoothing, same_source)
     near = np.flatnonzero(np.isin(bank.source_numbers, bank.source_numbers[rows]))
-    near_of = iter(np.split(near, np.searchsorted(near, [stop for _, stop in bank.spans()])))
-    rows = torch.from_numpy(rows).to(text.device, non_blocking=True)
-    source, copies = bank.source[rows], bank.copies[rows].to(text.dtype)
-    positives = copies if same_source == "positive" else torch.ones_like(copies)
-    allowed = len(bank) - copies + 1 if same_source == "mask" else torch.full_like(copies, len(bank))
-    highest = (-1.01 / temperature) * torch.ones_like(text[:, 0])  # below every score, and finite
-    total = torch.zeros_like(highest)
-    expected, target = torch.zeros_like(text), torch.zeros_like(text)
-    for start, audio in bank.tiles():
-        columns = torch.arange(start, start + len(audio), device=text.device)
-        own = rows[:, None] == columns
-        same = source[:, None] == bank.source[columns]
-        left_out = same & ~own if same_source == "mask" else torch.zeros_like(own)
-        scores = (text @ audio.T / temperature).masked_fill_(left_out, -torch.inf)
-        previous, highest = highest, torch.maximum(highest, scores.amax(1))
-        shrink = torch.exp(previous - highest)
-        weight = torch.exp(scores - highest[:, None])
-        total = total * shrink + weight.sum(1)
-        expected.mul_(shrink[:, None]).addmm_(weight, audio)
-        near = torch.from_numpy(next(near_of) - start).to(text.device, non_blocking=True)
-        share = (same if same_source == "positive" else own)[:, near] * ((1 - label_smoothing) / positives)[:, None]
-        if label_smoothing:
-            target += (label_smoothing / allowed)[:, None] * audio.sum(0)
-            share = share - left_out[:, near] * (label_smoothing / allowed)[:, None]
-        target.addmm_(share, audio[near])
-    return highest + total.log(), expected / total[:, None], target
+    bounds = np.searchsorted(near, [start for start, _ in bank.spans()] + [len(bank)]).tolist()
+    near_rows = torch.from_numpy(near).to(text.device, non_blocking=True)  # one copy for all tiles
+    for number, (start, audio) in enumerate(bank.tiles()):
+        tile_rows = near_rows[bounds[number] : bounds[number + 1]]
+        own, same = targets.relation(tile_rows)
+        columns = tile_rows - start
+        scores = text @ audio.T / temperature
+        if same_source == "mask":
+            scores[:, columns] = scores[:, columns].masked_fill(same & ~own, -torch.inf)
+        softmax.add(scores, audio)
+        targets.add(audio, columns, own, same)
+    return softmax.log_sum(), softmax.mean(), targets.mean
+
+
+class _RunningSoftmax:
+    """Log-sum-exp of scores that come tile by tile, and the mean recording under their softmax.
+
+    Sums are kept relative to the highest score so far and shrunk when a higher one comes, so that nothing overflows:
+    online softmax (Milakov and Gimelshein 2018).
+    """
+
+    def __init__(self, text: Tensor, temperature: float | Tensor):
+        self._highest = (-1.01 / temperature) * torch.ones_like(text[:, 0])  # below every score, and finite
+        self._total = torch.zeros_like(self._highest)
+        self._weighted = torch.zeros_like(text)
+
+    def add(self, scores: Tensor, audio: Tensor) -> None:
+        """Take in a tile: scores (texts, rows), -inf where a recording is left out, and audio (rows, dim)."""
+        previous, self._highest = self._highest, torch.maximum(self._highest, scores.amax(1))
+        shrink = torch.exp(previous - self._highest)
+        weight = torch.exp(scores - self._highest[:, None])
+        self._total = self._total * shrink + weight.sum(1)
+        self._weighted.mul_(shrink[:, None]).addmm_(weight, audio)
+
+    def log_sum(self) -> Tensor:
+        """Log-sum-exp of each text's scores, (texts,)."""
+        return self._highest + self._total.log()
+
+    def mean(self) -> Tensor:
+        """The mean recording of each text under its softmax, (texts, dim)."""
+        return self._weighted / self._total[:, None]
+
+
+class _Targets:
+    """The mean recording of each text under its target: `mean`, (texts, dim), whole when every tile was added.
+
+    A target is spread evenly over the positives, less the label smoothing, and that evenly over all recordings that are
+    not left out. Only recordings near the batch, of a source that is in it, can differ from the even share, so only
+    these few columns of a tile are multiplied.
+    """
+
+    def __init__(self, text: Tensor, rows: np.ndarray, bank: AudioBank, label_smoothing: float, same_source: str):
+        self.mean = torch.zeros_like(text)
+        self._rows = torch.from_numpy(rows).to(text.device, non_blocking=True)
+        self._bank_source, self._source = bank.source, bank.source[self._rows]
+        copies = bank.copies[self._rows].to(text.dtype)
+        positives = copies if same_source == "positive" else torch.ones_like(copies)
+        allowed = len(bank) - copies + 1 if same_source == "mask" else torch.full_like(copies, len(bank))
+        self._of_positive = ((1 - label_smoothing) / positives)[:, None]
+        self._even = (label_smoothing / allowed)[:, None] if label_smoothing else None
+        self._same_source = same_source
+
+    def relation(self, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these rows of the bank are each text's own recording, and of its source; (texts, near) bool."""
+        return self._rows[:, None] == near, self._source[:, None] == self._bank_source[near]
+
+    def add(self, audio: Tensor, near: Tensor, own: Tensor, same: Tensor) -> None:
+        """Take in a tile (rows, dim). near: its columns near the batch; own, same: their `relation`."""
+        share = (same if self._same_source == "positive" else own) * self._of_positive
+        if self._even is not None:
+            self.mean += self._even * audio.sum(0)
+            if self._same_source == "mask":
+                share = share - (same & ~own) * self._even
+        self.mean.addmm_(share, audio[near])

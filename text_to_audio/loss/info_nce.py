@@ -40,27 +40,6 @@ def contrastive_loss(
     return loss.mean()
 
 
-def symmetric_loss(
-    similarity: Tensor,
-    target: Tensor,
-    temperature: float | Tensor,
-    label_smoothing: float = 0.0,
-    sizes: list[int] | None = None,
-) -> Tensor:
-    """Mean of both directions for texts against recordings, where the recordings may outnumber the texts.
-
-    similarity: (texts, recordings). Text -> audio compares each text with every column; audio -> text compares
-    the texts' own recordings, columns `target`, with the texts. With as many columns as rows this is CLIP's loss.
-    sizes: texts in each of the consecutive groups into which text -> audio is cut; a text then sees the recordings
-    of its own group's texts and no others.
-    """
-    if sizes is None:
-        text_to_audio = contrastive_loss(similarity, target, temperature, label_smoothing)
-    else:
-        text_to_audio = loss_in_groups(similarity[:, target], sizes, temperature, label_smoothing)
-    return (text_to_audio + audio_to_text_loss(similarity, target, temperature, label_smoothing)) / 2
-
-
 def audio_to_text_loss(
     similarity: Tensor,
     target: Tensor,

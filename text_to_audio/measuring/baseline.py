@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from text_to_audio.loading.captions import CaptionSet
 from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import AudioVectors
@@ -17,6 +18,7 @@ from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean eigenvalue; the best on the validation split is taken
+_ALIKE = 1e-5  # of the embeddings' length: what rounding leaves between texts that give the same tokens
 _TILE_ELEMENTS = 1 << 25  # audio elements in hand at once: 128 MB in float32
 
 
@@ -55,10 +57,16 @@ class RidgeProjection:
 def fit_ridge(text: Tensor, captions: CaptionSet, vectors: AudioVectors, head: ProjectionHead) -> RidgeProjection:
     """Fit embeddings of the captions, (captions, text_dim), to their recordings' standardised vectors.
 
-    Solved in text_dim; the recordings go by in tiles, so that at 76,800 dimensions nothing but `cross` is wide.
+    Solved in text_dim; the recordings go by in tiles, so that at 76,800 dimensions nothing but `cross` is wide. Raises
+    `UserError` for texts that are all alike, which nothing can be told from.
     """
     mean = text.double().mean(0)
     centred = text.double() - mean
+    if len(set(captions.captions)) == 1 or centred.norm(dim=1).max() <= _ALIKE * mean.norm():
+        raise UserError(
+            f"--baseline: expected captions that differ, found {len(text):,} in the train split that are all alike to "
+            f"the text encoder, such as {captions.captions[0][:60]!r}; leave --baseline out, or mend the captions"
+        )
     eigenvalues, basis = torch.linalg.eigh(centred.T @ centred)
     device, kind = head.mean.device, head.mean.dtype
     rows = torch.from_numpy(captions.caption_audio)
@@ -71,8 +79,8 @@ def fit_ridge(text: Tensor, captions: CaptionSet, vectors: AudioVectors, head: P
         audio = head.standardise_audio(vectors.block(start, start + step))
         cross.addmm_(by_recording[start : start + step].to(audio).T, audio)
         audio_mean += count[start : start + step] @ audio / len(text)
-    small = (each.to(device, kind) for each in (mean, basis, eigenvalues.clamp_min(0)))
-    return RidgeProjection(*small, cross, audio_mean, head)
+    text_mean, basis, eigenvalues = (each.to(device, kind) for each in (mean, basis, eigenvalues.clamp_min(0)))
+    return RidgeProjection(text_mean, basis, eigenvalues, cross, audio_mean, head)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
-"""TensorBoard curves that neither double nor lose a point when a run is killed and resumed."""
+"""TensorBoard curves, written and read: they neither double nor lose a point when a run is killed and resumed."""
 
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -16,13 +20,25 @@ class CurveWriter(SummaryWriter):
         for tag, value in (scalars or {}).items():
             self.add_scalar(tag, value, step)
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int = 0, *more: Any, **options: Any) -> None:
         """Write a point; a step's points come before those of later steps."""
         if global_step != self.newest[0]:
             self.newest = global_step, {}
         self.newest[1][tag] = float(scalar_value)
-        super().add_scalar(tag, scalar_value, global_step)
+        super().add_scalar(tag, scalar_value, global_step, *more, **options)
 
     def points_of(self, step: int) -> dict[str, float]:
         """The scalars of this step, if it is the newest."""
         return dict(self.newest[1]) if self.newest[0] == step else {}
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of the event files in a folder: tag -> (step, value) in order; empty where there are none.
+
+    What a run that was restarted from an earlier step had written beyond that step is left out, as TensorBoard does.
+    """
+    if not folder.is_dir():
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -14,9 +14,9 @@ from text_to_audio.loading.batches import micro_batches, plan_epoch
 from text_to_audio.loading.captions import CaptionSet, source_numbers
 from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import AudioVectors
-from text_to_audio.loss.info_nce import audio_to_text_loss, contrastive_loss, symmetric_loss
+from text_to_audio.loss.objective import Scores, contrastive_objective, together
 from text_to_audio.measuring.metrics import retrieval_metrics
-from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.head import Projection, ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
 
@@ -98,7 +98,7 @@ def embed_captions(
 @torch.no_grad()
 def caption_scores(
     text: Tensor,
-    projection: ProjectionHead,
+    projection: Projection,
     vectors: AudioVectors,
     rows: np.ndarray,
     processes: Processes = ALONE,
@@ -135,29 +135,18 @@ def gallery_metrics(scores: Tensor, gallery: Gallery) -> dict[str, float]:
 def gallery_loss(
     scores: Tensor, gallery: Gallery, lengths: np.ndarray, config: TrainingConfig, temperature: float
 ) -> float:
-    """The training loss over the gallery's captions in batches that are the same at every call.
+    """The training objective over the gallery's captions, in batches that are the same at every call.
 
     It is taken from the scores that the metrics need anyway, so that no text is run twice. The bank of training is
-    here the gallery.
+    here the gallery, and there is no text queue.
     """
-    captions = gallery.captions
-    audio, smoothing, total = captions.caption_audio, config.label_smoothing, 0.0
+    captions, total = gallery.captions, 0.0
     for batch in plan_epoch(captions.caption_source, config.effective_batch_size, seed=0, epoch=0):
-        parts = list(micro_batches(batch, lengths, config.batch_size))
-        for group in [parts] if config.text_negatives == "batch" else [[part] for part in parts]:
-            texts = batch[np.concatenate(group)]
-            own = torch.from_numpy(audio[texts])
-            if config.audio_negatives == "bank":
-                same = torch.from_numpy(captions.caption_source[texts][:, None] == gallery.source)
-                t2a = contrastive_loss(scores[texts], own, temperature, smoothing, same, config.same_source)
-                loss = (t2a + audio_to_text_loss(scores[texts], own, temperature, smoothing)) / 2
-            elif config.audio_negatives == "batch":
-                target = torch.from_numpy(np.concatenate(group))
-                loss = symmetric_loss(scores[texts][:, audio[batch]], target, temperature, smoothing)
-            else:
-                sizes = [len(part) for part in group]
-                loss = symmetric_loss(scores[texts][:, own], torch.arange(len(own)), temperature, smoothing, sizes)
-            total += len(texts) * loss.item()
+        every = list(micro_batches(batch, lengths, config.batch_size))
+        for numbers in together(every, config):
+            parts = [every[number] for number in numbers]
+            compared = Scores(scores, captions.caption_audio, gallery.source, batch, parts)
+            total += sum(map(len, parts)) * contrastive_objective(compared, parts, temperature, config).item()
     return total / len(captions)
 
 

@@ -1,5 +1,7 @@
 """Retrieval metrics from a matrix of scores: R@K in percent, MRR in 0..1, median rank from 1."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def audio_to_text_ranks(scores: Tensor, caption_audio: Tensor) -> Tensor:
     return _chunked(ranks, len(recordings), len(caption_audio))
 
 
-def _chunked(ranks, rows: int, columns: int) -> Tensor:
+def _chunked(ranks: Callable[[slice], Tensor], rows: int, columns: int) -> Tensor:
     step = max(1, _CHUNK_ELEMENTS // max(1, columns))
     return torch.cat([ranks(slice(start, start + step)) for start in range(0, rows, step)])
 

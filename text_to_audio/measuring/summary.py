@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError, run_script
-from common.files import publish
-from preparing.work_file import Lock
+from common.files import Lock, publish
 from text_to_audio.measuring.metrics import chance_level, rounded
 
 FILE_NAME = "training_summary.json"

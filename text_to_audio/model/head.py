@@ -1,11 +1,30 @@
 """The projection head: a sentence embedding into an audio space, whose statistics it carries."""
 
+from typing import Protocol
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 STD_FLOOR = 1e-3  # of the space's median standard deviation, so that dead dimensions do not explode
+
+
+class Projection(Protocol):
+    """What takes both sides into the standardised space: the trained head, or the baseline in its place."""
+
+    @property
+    def audio_dim(self) -> int:
+        """Width of the audio space."""
+        ...
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """Sentence embeddings (batch, text_dim) -> unit vectors (batch, audio_dim)."""
+        ...
+
+    def standardise_audio(self, audio: Tensor) -> Tensor:
+        """Stored audio vectors (batch, audio_dim) -> unit vectors (batch, audio_dim)."""
+        ...
 
 
 class ProjectionHead(nn.Module):
@@ -15,6 +34,9 @@ class ProjectionHead(nn.Module):
     meet in the standardised space. Inputs may be on any device and of any float type; outputs are on the head's
     device and of its type, float32.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, text_dim: int, hidden_dim: int, audio_dim: int, dropout: float = 0.1):
         super().__init__()
@@ -30,13 +52,20 @@ class ProjectionHead(nn.Module):
 
         Raises `ValueError` where they are not finite.
         """
-        mean, std = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
-        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        centre, spread = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
+        if not (torch.isfinite(centre).all() and torch.isfinite(spread).all()):
             raise ValueError("the space's mean and standard deviation are not finite")
-        alive = std[std > 0]
+        alive = spread[spread > 0]
         floor = STD_FLOOR * alive.median() if len(alive) else torch.tensor(1.0)
-        self.mean.copy_(torch.zeros_like(mean) if mode == "none" else mean)
-        self.std.copy_(std.clamp_min(floor) if mode == "zscore" else torch.ones_like(std))
+        self.mean.copy_(torch.zeros_like(centre) if mode == "none" else centre)
+        self.std.copy_(spread.clamp_min(floor) if mode == "zscore" else torch.ones_like(spread))
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The linear layer that ends in the audio space."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def project_text(self, text: Tensor) -> Tensor:
         """Sentence embeddings (batch, text_dim) -> unit vectors (batch, audio_dim) in the standardised space."""

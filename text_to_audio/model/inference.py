@@ -1,6 +1,8 @@
 """A trained checkpoint at work: texts to vectors in its audio space."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,34 @@ from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
 
 
-def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[TextEncoder, ProjectionHead, TrainingConfig]:
-    """Text encoder and head of a checkpoint, on `device` and in evaluation mode, and its config.
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A trained model. It unpacks as `text_encoder, projection, config`.
 
-    A temperature that was learnt stands in the config as it was learnt.
+    space: what is known of the audio space, {id, revision, dim, sample_rate, recipe}; None where the checkpoint does
+    not say. epoch: after which it was saved, and metrics: of validation then; 0 and none where it does not say.
+    """
+
+    text_encoder: TextEncoder
+    projection: ProjectionHead
+    config: TrainingConfig
+    space: dict | None
+    epoch: int
+    metrics: dict[str, float]
+
+    def __iter__(self) -> Iterator:
+        return iter((self.text_encoder, self.projection, self.config))
+
+
+def load_checkpoint(path: str | Path, device: str = "auto", contents: dict | None = None) -> LoadedCheckpoint:
+    """A checkpoint's text encoder and head, on `device` and in evaluation mode, its config and what else it says.
+
+    A temperature that was learnt stands in the config as it was learnt. contents: what `read_checkpoint` gave, where
+    the caller has looked into the file already.
     Raises `UserError` where the file is missing or no checkpoint, or its text model cannot be loaded.
     """
     path = Path(path)
-    contents = read_checkpoint(path)
+    contents = read_checkpoint(path) if contents is None else contents
     config = TrainingConfig.from_dict({**contents["config"], "device": device}, str(path))
     config.check()
     text_encoder = TextEncoder(config)
@@ -27,7 +49,14 @@ def load_checkpoint(path: str | Path, device: str = "auto") -> tuple[TextEncoder
     restore_weights(path, contents, text_encoder, projection)
     if config.learn_temperature:
         config.temperature = math.exp(contents["log_temperature"])
-    return text_encoder.eval(), projection.to(config.torch_device).eval(), config
+    return LoadedCheckpoint(
+        text_encoder.eval(),
+        projection.to(config.torch_device).eval(),
+        config,
+        contents.get("audio_space"),
+        contents.get("epoch", 0),
+        contents.get("metrics", {}),
+    )
 
 
 def embed_text_query(query: str, encoder: TextEncoder, projection: ProjectionHead, device: str = "cuda") -> np.ndarray:

@@ -7,30 +7,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from common.errors import UserError
 from text_to_audio.config import TrainingConfig
+from text_to_audio.model.pooling import POOLS, family_pooling
 from text_to_audio.model.pretrained import Pretrained, load_pretrained
 
+POSITION_EMBEDDINGS = {"position_embeddings", "position_embedding", "wpe"}  # as the families call them
 TASK = "Given a description of music, find the recordings that it describes"
-
-
-def last_token_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The hidden state of each text's last token, (batch, tokens, width) -> (batch, width).
-
-    Found by the attention mask (batch, tokens), so that padding may stand on either side, and the pad id may be
-    the end token's, as it is in Qwen3-Embedding.
-    """
-    position = torch.arange(mask.shape[1], device=mask.device)
-    last = (position * mask).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The mean hidden state over each text's tokens, (batch, tokens, width) -> (batch, width)."""
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1)
 
 
 class TextEncoder(nn.Module):
@@ -51,11 +35,11 @@ class TextEncoder(nn.Module):
         self.attention = backbone.config._attn_implementation
         kind = backbone.config.model_type
         self.prefix = _prefix(config.instruction, kind)
-        self.pooling = _pooling(config.pooling, kind)
+        self.pooling = family_pooling(kind) if config.pooling == "auto" else config.pooling
         self.end_token = _end_token(self.tokenizer, self.name) if self.pooling == "last" else None
         self.pad_token = self.tokenizer.pad_token_id or 0  # masked, so any valid id will do
         self.dim = backbone.config.hidden_size
-        _check_length(config, backbone.config, len(self._token_ids([""])[0]))
+        _check_length(config, backbone, len(self._token_ids([""])[0]))
         with warnings.catch_warnings():  # transformers' older names, which its whole range and peft know
             warnings.simplefilter("ignore", FutureWarning)
             if config.checkpoints_activations:
@@ -90,10 +74,10 @@ class TextEncoder(nn.Module):
         """Sentence embeddings of padded texts: (2, batch, length) ids and mask -> (batch, dim) float32, unit length."""
         ids, mask = tokens.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        pool = last_token_pool if self.pooling == "last" else mean_pool
+            # past PEFT, which hands on arguments of its own that CLIP does not take
+            hidden = self.model.get_base_model()(input_ids=ids, attention_mask=mask).last_hidden_state
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a bf16 base is pooled in float32
-        return F.normalize(pool(hidden, mask), dim=-1)
+        return F.normalize(POOLS[self.pooling](hidden, mask), dim=-1)
 
     def forward(self, texts: list[str]) -> Tensor:
         """Sentence embeddings of texts: (batch, dim) float32 on the encoder's device, unit length."""
@@ -124,13 +108,6 @@ def _prefix(instruction: str, kind: str) -> str:
     return f"Instruct: {instruction}\nQuery:" if instruction else ""
 
 
-def _pooling(pooling: str, kind: str) -> str:
-    if pooling != "auto":
-        return pooling
-    # families made for masked language modelling look both ways; in the others only the last token has seen the text
-    return "mean" if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "last"
-
-
 def _end_token(tokenizer, name: str) -> int:
     """The id the tokenizer puts at the end of every text; without one the last token would be any word."""
     last = tokenizer("music")["input_ids"][-1]
@@ -142,9 +119,22 @@ def _end_token(tokenizer, name: str) -> int:
     return last
 
 
-def _check_length(config: TrainingConfig, model_config, shortest: int) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None) or config.max_length
-    if config.max_length > positions:
+def usable_positions(backbone: nn.Module) -> int | None:
+    """How many tokens a text may have: what the position embeddings hold, else the config's word; None: no limit.
+
+    RoBERTa and its like count positions from after the padding's, so that two of their 514 are never a token's.
+    """
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in POSITION_EMBEDDINGS:
+            taken = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - taken
+    said = getattr(backbone.config, "max_position_embeddings", None)
+    return said if isinstance(said, int) and said > 0 else None
+
+
+def _check_length(config: TrainingConfig, backbone: nn.Module, shortest: int) -> None:
+    positions = usable_positions(backbone)
+    if positions is not None and config.max_length > positions:
         raise UserError(f"{config.text_model}: has {positions} positions, found max_length {config.max_length}")
     if shortest >= config.max_length:
         raise UserError(
@@ -168,7 +158,12 @@ def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
         target_modules="all-linear",
         exclude_modules=r".*pooler.*" if has_pooler else None,
     )
-    model = get_peft_model(backbone, lora)
+    try:
+        model = get_peft_model(backbone, lora)
+    except ValueError as error:  # PEFT knows families that LoRA does not serve
+        raise UserError(
+            f"{config.text_model}: LoRA cannot be put on its linear layers ({' '.join(str(error).split())[:200]})"
+        ) from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def fill_frozen(module, state_dict, prefix, *_):

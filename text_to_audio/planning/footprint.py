@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from store.reading import EmbeddingStore
 from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.batches import batches_per_epoch
-from text_to_audio.loading.captions import CaptionSet, source_numbers
+from text_to_audio.loading.captions import source_numbers
 from text_to_audio.loading.step_data import StepData
 from text_to_audio.loss.bank import AudioBank, bank_place
 from text_to_audio.loss.objective import Candidates
@@ -29,10 +29,10 @@ from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.planning.tensor_memory import MemoryTracker, optimizer_tensors, tensors_of
 from text_to_audio.processes import ALONE
 from text_to_audio.training.optimisation import build_optimizer
-from text_to_audio.training.training_run import Run, Space
+from text_to_audio.training.step_models import SpaceModels, StepModels
 
 PARTS = ("base", "LoRA", "heads", "optimizer", "activations", "logits", "bank")
-TakeStep = Callable[[Run, StepData], Tensor]  # train.py's `train_step`
+TakeStep = Callable[[StepModels, StepData], Tensor]  # train.py's `train_step`
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def footprint(config: TrainingConfig, shape: Shape, take_step: TakeStep) -> Foot
         )
 
 
-class _TrackedSpace(Space):
+@dataclass(kw_only=True)
+class _TrackedSpace(SpaceModels):
     """A space whose head and loss are told apart from the text encoder's activations."""
 
     tracker: MemoryTracker
@@ -166,8 +167,8 @@ class _TrackedSpace(Space):
             return super().loss(*arguments)
 
 
-def _fake_run(config: TrainingConfig, shape: Shape, text_encoder: TextEncoder, tracker: MemoryTracker) -> Run:
-    """A run as far as its step needs one: models, optimizer, a full queue; nothing that reads, writes or measures."""
+def _fake_run(config: TrainingConfig, shape: Shape, text_encoder: TextEncoder, tracker: MemoryTracker) -> StepModels:
+    """What a step of the run works with: models, optimizer, a full queue."""
     spaces = []
     for name, dim in shape.dims.items():
         head = ProjectionHead(text_encoder.dim, config.hidden_dim, dim, config.head_dropout)
@@ -177,24 +178,19 @@ def _fake_run(config: TrainingConfig, shape: Shape, text_encoder: TextEncoder, t
         with tracker.phase("bank"):
             bank = _fake_bank(config, shape, vectors, head) if config.audio_negatives == "bank" else None
         own = replace(config, audio_encoder=name, audio_dim=dim)
-        spaces.append(_TrackedSpace(own, head, temperature, vectors, bank, validation=None, writer=None))
-        spaces[-1].tracker = tracker
+        spaces.append(_TrackedSpace(config=own, projection=head, temperature=temperature, bank=bank, tracker=tracker))
     queue = TextQueue(config.text_queue, text_encoder.dim, torch.device("cpu"))
     if config.text_queue:
         with tracker.phase("logits"):
             queue.add(torch.empty(config.text_queue, text_encoder.dim), np.full(config.text_queue, -1))
     heads = [(space.projection, space.temperature) for space in spaces]
-    not_needed = dict.fromkeys(("log", "store", "tokens", "reader", "schedule", "last", "stop", "progress"))
-    return Run(
+    return StepModels(
         config=config,
         processes=ALONE,
         text_encoder=text_encoder,
         spaces=spaces,
-        captions=CaptionSet([], shape.caption_audio, shape.caption_source),
         queue=queue,
         optimizer=build_optimizer(on_cpu(config), text_encoder, heads),
-        steps=0,
-        **not_needed,
     )
 
 
@@ -215,7 +211,7 @@ def _fake_data(config: TrainingConfig, shape: Shape, tracker: MemoryTracker) -> 
     rows = shape.caption_audio[captions]
     with tracker.phase("logits"):
         vectors = {name: FakeVectors(shape, name)[rows] for name in shape.dims}
-    return StepData(captions, rows, parts, tokens, vectors, (0, 0))
+    return StepData(captions, rows, shape.caption_source[captions], parts, tokens, vectors, (0, 0))
 
 
 def _encode_once(text_encoder: TextEncoder) -> None:

@@ -3,12 +3,10 @@
 import time
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -153,18 +151,6 @@ def log_results(writer: SummaryWriter, config: TrainingConfig, metrics: dict[str
     for summary in hparams(settings, {f"test/{name}": value for name, value in metrics.items()}):
         writer.file_writer.add_summary(summary)
     writer.flush()
-
-
-def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar of the event files in a folder: tag -> (step, value) in order; empty where there are none.
-
-    What a run that was restarted from an earlier step had written beyond that step is left out, as TensorBoard does.
-    """
-    if not folder.is_dir():
-        return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, edges: Tensor, counts: Tensor, step: int) -> None:

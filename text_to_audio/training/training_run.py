@@ -1,14 +1,10 @@
 """A training run: the models, data, optimizer and files it works with, made from its settings."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from logging import Logger
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.errors import UserError
@@ -16,15 +12,15 @@ from store.reading import SPLITS, EmbeddingStore
 from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.batches import batches_per_epoch
 from text_to_audio.loading.captions import CaptionSet
-from text_to_audio.loading.step_data import StepData, StepReader
+from text_to_audio.loading.step_data import StepReader
 from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import AudioVectors
-from text_to_audio.loss.bank import AudioBank, build_bank
-from text_to_audio.loss.objective import Candidates, contrastive_objective
+from text_to_audio.loss.bank import build_bank
 from text_to_audio.loss.text_queue import TextQueue
 from text_to_audio.measuring.curves import CurveWriter
 from text_to_audio.measuring.evaluation import Evaluator
 from text_to_audio.model.checkpoints import checkpoint_path
+from text_to_audio.model.checks import check_text_encoder
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.temperature import Temperature
 from text_to_audio.model.text_encoder import TextEncoder
@@ -39,75 +35,41 @@ from text_to_audio.training.resuming import (
     curve_start,
     resume_command,
 )
+from text_to_audio.training.step_models import SpaceModels, StepModels
 from text_to_audio.training.stopping import StopRequest
 
 
-@dataclass
-class Space:
-    """One audio space of a run: its head, its recordings, how it is measured, and how well it has done so far.
+@dataclass(kw_only=True)
+class Space(SpaceModels):
+    """One audio space of a run: also its recordings, how it is measured, and how well it has done so far.
 
-    config: the settings of a run of this space alone. writer: in the process that writes, else None.
+    writer: in the process that writes, else None.
     """
 
-    config: TrainingConfig
-    projection: ProjectionHead
-    temperature: Temperature
     vectors: AudioVectors
-    bank: AudioBank | None
     validation: Evaluator
     writer: CurveWriter | None
     best: Best = field(default_factory=Best)
 
-    @property
-    def name(self) -> str:
-        """The audio encoder's name."""
-        return self.config.audio_encoder
 
-    @torch.no_grad()
-    def candidates(self, data: StepData, queue: TextQueue, source: np.ndarray) -> Candidates:
-        """What a batch's texts and recordings are compared with here. source: (B,) of the batch's captions."""
-        vectors = data.vectors[self.name].to(self.projection.mean.device, non_blocking=True)
-        queued = None
-        if len(queue):
-            self.projection.eval()  # old embeddings, but through the head as it is now
-            texts = self.projection.project_text(queue.embeddings)
-            self.projection.train()
-            queued = texts, torch.from_numpy(source[:, None] == queue.source).to(texts.device)
-        return Candidates(self.projection.standardise_audio(vectors), data.rows, self.bank, queued)
+@dataclass(kw_only=True)
+class Run(StepModels):
+    """What the functions of a training hand to each other: what a step needs, its data, and how far the run is.
 
-    def loss(self, embeddings: Tensor, parts: list[np.ndarray], candidates: Candidates) -> Tensor:
-        """Symmetric InfoNCE of sentence embeddings (texts, text_dim) of these micro-batches, in this space."""
-        text = self.projection.project_text(embeddings)
-        return contrastive_objective(text, parts, candidates, self.temperature(), self.config)
+    config: the user's settings with the measured widths `text_dim` and `audio_dim`.
+    """
 
-
-@dataclass
-class Run:
-    """What the functions of a training hand to each other."""
-
-    config: TrainingConfig
     log: Logger
-    processes: Processes
     store: EmbeddingStore
-    text_encoder: TextEncoder
     spaces: list[Space]
     captions: CaptionSet
     tokens: TokenCache
     reader: StepReader
-    queue: TextQueue
-    optimizer: AdamW
     schedule: LambdaLR
     last: LastCheckpoint
     stop: StopRequest
     steps: int
     progress: Progress
-    step: int = 0
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Everything that is trained: the text encoder, then each space's head and temperature."""
-        yield self.text_encoder
-        for space in self.spaces:
-            yield from (space.projection, space.temperature)
 
     @property
     def best_epoch(self) -> int:
@@ -129,7 +91,8 @@ def prepare(
     if config.torch_device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the head and the cosines
     text_encoder = TextEncoder(config)
-    config.text_dim = text_encoder.dim
+    check_text_encoder(text_encoder)
+    config = measured(config, store, text_encoder)
     captions = CaptionSet.of(store.split("train"))
     tokens = TokenCache(text_encoder, captions.captions)
     spaces = build_spaces(config, store, text_encoder, resumed, processes)
@@ -158,14 +121,20 @@ def prepare(
 
 
 def open_store(config: TrainingConfig) -> EmbeddingStore:
-    """The store, if it has what the config needs; sets the config's audio width where it trains one space."""
+    """The store; `UserError` where it lacks what the config needs."""
     store = EmbeddingStore(config.data_path)
-    dims = [store.dim(name) for name in config.audio_encoders]
-    config.audio_dim = dims[0] if len(dims) == 1 else 0
+    for name in config.audio_encoders:
+        store.dim(name)
     for name in SPLITS:
         if not store.split(name).caption:
             raise UserError(f"{store.path}: expected recordings with captions in the split {name!r}, found none")
     return store
+
+
+def measured(config: TrainingConfig, store: EmbeddingStore, text_encoder: TextEncoder) -> TrainingConfig:
+    """A copy of the settings with the widths of the text model and, where one space is trained, of its vectors."""
+    dims = [store.dim(name) for name in config.audio_encoders]
+    return replace(config, text_dim=text_encoder.dim, audio_dim=dims[0] if len(dims) == 1 else 0)
 
 
 def build_spaces(
@@ -187,7 +156,12 @@ def build_spaces(
         validation = Evaluator(text_encoder, store, "val", own, processes, tokens)
         folder = str(Path(config.log_dir) / name)
         writer = CurveWriter(folder, *curve_start(resumed, name)) if processes.is_main else None
-        spaces.append(Space(own, projection, temperature, vectors, bank, validation, writer))
+        spaces.append(
+            Space(
+                config=own, projection=projection, temperature=temperature, bank=bank, vectors=vectors,
+                validation=validation, writer=writer,
+            )
+        )  # fmt: skip
     return spaces
 
 

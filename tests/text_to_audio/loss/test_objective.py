@@ -14,6 +14,7 @@ from helpers.tiny_text_models import make_bert
 from store.writing import write_store
 from text_to_audio.loading.batches import micro_batches
 from text_to_audio.loading.tokens import drop_sentences
+from text_to_audio.loss.bank import build_bank
 from text_to_audio.loss.info_nce import contrastive_loss
 from text_to_audio.measuring.evaluation import gallery_loss
 from text_to_audio.model.inference import load_checkpoint
@@ -148,3 +149,29 @@ def test_validation_loss_follows_the_settings(start, audio_negatives, text_negat
             a2t = contrastive_loss(scores[texts, audio[batch[i]]][None], answer, 0.05, 0.1)
             total += (t2a + a2t).item() / 2
     assert gallery_loss(scores, gallery, lengths, config, 0.05) == pytest.approx(total / 12, rel=1e-5)
+
+
+@pytest.mark.parametrize("same_source", ["mask", "positive"])
+@pytest.mark.parametrize("text_negatives", ["micro", "batch"])
+@pytest.mark.parametrize("audio_negatives", ["micro", "batch", "bank"])
+def test_validation_and_training_compute_one_loss(start, audio_negatives, text_negatives, same_source):
+    """The training captions measured as validation would, and stepped over as training does, without dropout."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = prepared(start("--audio-negatives", audio_negatives, "--text-negatives", text_negatives,
+                             "--same-source", same_source, "--label-smoothing", "0.1"))  # fmt: skip
+        for module in run.modules():
+            module.double().eval()
+        (space,) = run.spaces
+        space.bank = build_bank(run.config, run.store, space.vectors, space.projection) if space.bank else None
+        evaluator = train.Evaluator(run.text_encoder, run.store, "train", run.config)
+        assert evaluator.gallery.captions.captions == run.captions.captions
+        temperature = space.temperature().item()
+        validation = evaluator.measure(run.text_encoder, space.projection, temperature)["loss"]
+        assert evaluator.latest.dtype == torch.float64
+        total = 0.0
+        for batch in train.plan_epoch(run.captions.caption_source, 8, seed=0, epoch=0):
+            total += len(batch) * train.train_step(run, run.reader.read(run.step, batch)).item()
+        assert validation == pytest.approx(total / len(run.captions), rel=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
 from helpers.stores import make_header, make_splits, make_vectors
 from helpers.tiny_text_models import make_bert
 from store.reading import EmbeddingStore
@@ -80,3 +83,12 @@ def test_it_is_the_frozen_encoder_s_and_leaves_it_as_it_was(parts):
     gallery = evaluators[1].gallery
     some = retrieval_metrics(torch.rand(len(gallery.captions), 9), torch.from_numpy(gallery.captions.caption_audio))
     assert before.keys() == some.keys()
+
+
+@pytest.mark.parametrize("texts", [["calm piano"] * 60, [f"calm{' ' * i} piano" for i in range(60)]])
+def test_texts_that_are_all_alike_are_said_to_be(parts, texts):
+    _, encoder, _, head, captions, vectors = parts
+    alike = replace(captions, captions=texts)
+    (text,) = embed_frozen(encoder, [TokenCache(encoder, texts)], 5)
+    with pytest.raises(UserError, match=r"--baseline: expected captions that differ, found 60 .* all alike"):
+        fit_ridge(text, alike, vectors, head)

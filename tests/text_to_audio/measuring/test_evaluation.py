@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from common.errors import UserError
+from helpers.losses import symmetric_loss
 from helpers.stores import make_header, make_splits, make_vectors
 from helpers.tiny_text_models import make_bert
 from store.reading import EmbeddingStore, Split
 from store.writing import write_store
 from text_to_audio.config import TrainingConfig
-from text_to_audio.loss.info_nce import symmetric_loss
 from text_to_audio.measuring import evaluation
 from text_to_audio.measuring.evaluation import (
     Evaluator,

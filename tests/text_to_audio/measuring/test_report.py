@@ -11,10 +11,11 @@ from helpers.stores import make_header
 from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.captions import CaptionSet
 from text_to_audio.measuring.charts import line_chart, nice_ticks
+from text_to_audio.measuring.curves import read_curves
 from text_to_audio.measuring.examples import best_and_worst, similarity_counts
 from text_to_audio.measuring.metrics import retrieval_metrics
 from text_to_audio.measuring.report_page import write_report
-from text_to_audio.training.log_lines import log_results, log_validation, read_curves
+from text_to_audio.training.log_lines import log_results, log_validation
 
 
 class Gallery(SimpleNamespace):

