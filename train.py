@@ -29,6 +29,7 @@ from text_to_audio.model.checkpoints import (
 )
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.planning.choosing import choose
 from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
 from text_to_audio.processes import Processes, join
 from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     config = config_from_arguments(arguments)
     if arguments.plan:
+        choose(config, train_step)
         print(plan_text(make_plan(config, train_step)))
         return
     processes = join(config)
@@ -85,6 +87,7 @@ def train(config: TrainingConfig, log: Logger, processes: Processes) -> None:
     resumed = find_checkpoint(config, log)
     if resumed and say_if_done(resumed, config, log):
         return
+    choose(config, train_step, resumed.config if resumed else None)
     run = prepare(config, log, resumed, processes)
     if resumed:
         restore(resumed, run)

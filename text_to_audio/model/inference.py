@@ -42,7 +42,8 @@ def load_checkpoint(path: str | Path, device: str = "auto", contents: dict | Non
     """
     path = Path(path)
     contents = read_checkpoint(path) if contents is None else contents
-    config = TrainingConfig.from_dict({**contents["config"], "device": device}, str(path))
+    asked = {"device": device, "compile": "off"}  # the layers are compiled for training alone
+    config = TrainingConfig.from_dict({**contents["config"], **asked}, str(path))
     config.check()
     text_encoder = TextEncoder(config)
     projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
