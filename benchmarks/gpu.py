@@ -81,11 +81,14 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Ite
 
 def measure_training(args: argparse.Namespace, device: torch.device, folder: Path, ceiling: float) -> Iterator[Row]:
     """The rows of the training step."""
-    models.write_store(folder / "embeddings.h5", 0.02 if args.small else 1)
+    models.write_store(folder / "embeddings.h5", args.small)
     text_model = models.write_text_model(folder, args.small)
     runs = training.configs(folder / "embeddings.h5", text_model, folder, device)
     if args.small:
-        runs = {name: replace(each, batch_size=4, gradient_accumulation_steps=2) for name, each in runs.items()}
+        runs = {
+            name: replace(each, batch_size=4, gradient_accumulation_steps=2, hidden_dim=16)
+            for name, each in runs.items()
+        }
     chosen = {name: runs[name] for name in args.steps or runs if name in runs}
     if unknown := set(args.steps or ()) - set(runs):
         raise UserError(f"--steps: expected some of {', '.join(runs)}, found {', '.join(sorted(unknown))}")

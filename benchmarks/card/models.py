@@ -60,11 +60,12 @@ def made_on_the_device() -> Iterator[None]:
         yield
 
 
-def write_store(path: Path, scale: float) -> None:
-    """A store of MusicBench's size (times `scale`) in float16; one block of random vectors is repeated."""
+def write_store(path: Path, small: bool) -> None:
+    """A store of MusicBench's size (or a small one) in float16; one block of random vectors is repeated."""
+    scale, dims = (0.01, dict.fromkeys(DIMS, 8)) if small else (1, DIMS)
     rng = np.random.default_rng(0)
     entry = {"id": "random", "revision": None, "sample_rate": 24_000, "recipe": "none"}
-    header = StoreHeader("random", None, 0, "float16", {name: {**entry, "dim": dim} for name, dim in DIMS.items()})
+    header = StoreHeader("random", None, 0, "float16", {name: {**entry, "dim": dim} for name, dim in dims.items()})
     splits = {}
     for name, rows in RECORDINGS.items():
         rows, captions = max(COPIES, int(rows * scale)), max(COPIES, int(CAPTIONS[name] * scale))
@@ -74,7 +75,7 @@ def write_store(path: Path, scale: float) -> None:
         rows_of = np.sort(np.arange(captions) * 7 % rows)
         splits[name] = Split(ids, sources, random_captions(rng, captions), rows_of, ["main"] * captions)
     blocks = create_store(path, header, splits)
-    for encoder, dim in DIMS.items():
+    for encoder, dim in dims.items():
         block = rng.standard_normal((512, dim), np.float32)
         for name in splits:
             for chunk in row_chunks(blocks[vector_block(name, encoder)].map(path, "r+"), len(block)):

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 import train
-from benchmarks.card.models import made_on_the_device
+from benchmarks.card.models import DIMS, made_on_the_device
 from benchmarks.card.plain_peft import PlainLoop
 from benchmarks.card.timing import forget, peak_gib, seconds_of
 from store.reading import EmbeddingStore
 from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.batches import plan_epoch
 from text_to_audio.model.inference import embed_text_query
-from text_to_audio.planning.plan import make_plan
+from text_to_audio.planning.choosing import choose
+from text_to_audio.planning.footprint import Shape, footprint
 from text_to_audio.training.training_run import Run
 
-LINEAR_WEIGHTS = 3.63e9  # of the frozen linear layers of Qwen3-Embedding-4B: what a token is multiplied with
 QUERY = "calm piano with soft strings"
 
 Row = tuple[str, dict[str, float]]
@@ -47,8 +47,9 @@ def configs(store: Path, text_model: Path, folder: Path, device: torch.device) -
 
 def prepared(config: TrainingConfig) -> Run:
     """A run of train.py in training mode, with random weights made on its device."""
+    choose(config, train.train_step)
     with made_on_the_device():
-        run = train.prepare(train.decided(config), logging.getLogger("gpu"))
+        run = train.prepare(config, logging.getLogger("gpu"))
     for module in run.modules():
         module.train()
     return run
@@ -74,6 +75,12 @@ class Steps:
         self.tokens.append(data.token_count[0])
 
 
+def linear_weights(run: Run) -> int:
+    """Frozen weights that every token is multiplied with: 3.63e9 in Qwen3-Embedding-4B's layers."""
+    layers = [module.base_layer for module in run.text_encoder.modules() if hasattr(module, "base_layer")]
+    return sum(layer.weight.numel() for layer in layers)
+
+
 def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int) -> Iterator[Row]:
     """Seconds a step, tokens/s, share of the bf16 ceiling in useful arithmetic, and the peak beside the plan's."""
     for name, config in chosen.items():
@@ -88,7 +95,7 @@ def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int
             "s/step": seconds,
             "first step, s": first,
             "tokens/s": mean / seconds,
-            "share of ceiling": 4 * LINEAR_WEIGHTS * mean / seconds / ceiling / 1e12,
+            "share of ceiling": 4 * linear_weights(run) * mean / seconds / ceiling / 1e12,
             "peak GiB": peak_gib(device),
         }
         if name == "default":
@@ -97,8 +104,9 @@ def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int
             space.writer.close()
         del run, steps
         forget(device)
-        with made_on_the_device():
-            found["plan GiB"] = make_plan(config, train.train_step).footprint.total / 2**30
+        shape = Shape.of(EmbeddingStore(config.data_path), config.audio_encoders)
+        found["plan GiB"] = footprint(config, shape, train.train_step).total / 2**30
+        found |= {"layers recomputed": config.recomputed_layers, "compiled": float(config.compile == "on")}
         yield f"step, {name}", found
 
 
@@ -118,9 +126,12 @@ def measure_plain_loop(config: TrainingConfig, rounds: int) -> Row:
     """The same step by a plain PEFT loop on the same captions, as one would write it."""
     device = config.torch_device
     forget(device)
-    split, loop = EmbeddingStore(config.data_path).split("train"), PlainLoop(Path(config.text_model), 76_800, device)
+    split, loop = (
+        EmbeddingStore(config.data_path).split("train"),
+        PlainLoop(Path(config.text_model), DIMS["mert"], device),
+    )
     order = iter(np.random.default_rng(0).permutation(len(split.caption)).tolist() * (rounds + 1))
-    vectors = torch.randn(config.batch_size, 76_800)
+    vectors = torch.randn(config.batch_size, DIMS["mert"])
 
     def step() -> None:
         parts = range(config.gradient_accumulation_steps)
