@@ -130,7 +130,7 @@ class VectorFiles:
         """The rows of an answer; `UserError` where the catalogue turns out to be damaged."""
         try:
             yield from self._database.execute(query, values)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter from what SQLite says of the damage
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.folder / 'catalogue.sqlite'}: expected a catalogue of index_library.py, found a damaged one "

@@ -95,7 +95,7 @@ class WorkFile:
             create_store(beside, header, splits, skipped, settings)
         return cls(path)
 
-    def _write(self, data: bytes | memoryview | np.ndarray, offset: int) -> None:
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data).cast("B")
         while len(view):  # pwrite may write less than asked for
             written = os.pwrite(self._file.fileno(), view, offset)
@@ -114,7 +114,7 @@ class WorkFile:
         block = self.blocks[vector_block(split, encoder)]
         if stored.shape != block.shape[1:]:
             raise ValueError(f"expected a vector of shape {block.shape[1:]}, found {stored.shape}")
-        self._write(stored, block.offset + row * block.row_bytes)
+        self._write(stored.data, block.offset + row * block.row_bytes)
         return True
 
     def commit(self, rows: Iterable[tuple[str, int, int]]) -> None:
@@ -123,7 +123,7 @@ class WorkFile:
         for split, row, state in rows:
             index = self._first_row[split] + row
             self.states[index] = state
-            self._write(self._codes[state : state + 1], self._states_at + index)
+            self._write(self._codes[state : state + 1].tobytes(), self._states_at + index)
         os.fsync(self._file.fileno())
 
     def finish_in_place(self, target: Path) -> None:
