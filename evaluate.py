@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint written by train.py")
     parser.add_argument("--data-path", metavar="FILE", help="the store (default: the one it was trained on)")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
+    parser.add_argument(
+        "--split", choices=("test", "val"), default="test", help="recordings to rank (default: %(default)s)"
+    )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)", metavar="STR"
     )
@@ -38,7 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--milvus", metavar="URI", help="also ask a Milvus index made of the split, in this folder (*.db) or server"
     )
     parser.add_argument("--milvus-token", metavar="STR", help="token of the server, or user:password")
-    parser.add_argument("--index-type", default="HNSW", help="of that index (default: %(default)s)", metavar="STR")
+    parser.add_argument(
+        "--index-type",
+        choices=("HNSW", "IVF_FLAT", "FLAT"),
+        default="HNSW",
+        help="of that index (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON and nothing else")
     return parser
 

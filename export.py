@@ -22,6 +22,7 @@ FILES = ("README.md", "adapter/adapter_config.json", "adapter/adapter_model.safe
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a checkpoint in formats that peft and safetensors read without this toolkit.",
         epilog="example: python export.py --checkpoint checkpoints/muq_best_r1.pt --out exported/muq",
         allow_abbrev=False,

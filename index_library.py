@@ -14,6 +14,7 @@ from common.files import locked
 from common.logs import start_log
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
+from embedding_models.precision import PRECISIONS
 from embedding_models.registry import EncoderSpec, add_encoder_flags, find_encoder, model_flag, spec_from_flags
 from embedding_models.track_workers import embed_tracks
 from music_library.flags import add_library_flags
@@ -53,12 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--from-collection", metavar="NAME", help="take over a Milvus collection of plain vectors of this recipe")
     add("--from-uri", metavar="URI", help="where that collection is (--milvus-uri)")
     add("--from-token", help="its server's token")
-    add("--index-type", choices=INDEX_TYPES, help="(HNSW; for an index that is there: the one it has)")
+    add("--index-type", choices=INDEX_TYPES, help="of the index (HNSW; where there is one: the one it has)")
     add("--index-params", type=_json, metavar="JSON", help="such as '{\"nlist\": 1024}'; used when an index is made")
     add("--search-params", type=_json, metavar="JSON", help="such as '{\"nprobe\": 64}'; used when an index is made")
     add("--narrow", action="store_true", help="the narrow form for any width (it is used above 32,768 dimensions)")
     add_encoder_flags(parser, "the one the checkpoint names")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="precision of the encoder (%(default)s)")
+    add("--dtype", choices=PRECISIONS, default="float32", help="precision of the encoder on CUDA (%(default)s)")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--encoder-processes", type=int, default=1, help="processes that decode and encode (%(default)s)")
     return parser

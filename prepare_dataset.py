@@ -4,6 +4,8 @@ import argparse
 import errno
 import os
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from logging import Logger
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
 from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
+from embedding_models.precision import PRECISIONS, stored_type
 from embedding_models.registry import DEFAULTS, ENCODERS, add_encoder_flags, spec_from_flags
 from preparing.log_lines import log_dataset, log_store
 from preparing.merging import finish
@@ -38,7 +41,10 @@ EXAMPLES = """examples:
   python prepare_dataset.py --verify data/musicbench_embeddings/embeddings.h5
 
 The same command goes on where it was stopped."""
-DTYPE_HELP = "type of the vectors; float16: encoders that bear it compute in half precision on CUDA (%(default)s)"
+DTYPE_HELP = (
+    "float32; tf32: float32 vectors, products rounded to TF32 on CUDA; float16: float16 vectors, on CUDA computed in "
+    "half precision by encoders that bear it, in TF32 by the others (%(default)s)"
+)
 ENCODERS_HELP = f"which encoders ({' '.join(DEFAULTS)})"
 DATASET_HELP = (
     "a folder with MusicBench's files, or a table (JSON Lines, CSV, Parquet) of your own recordings; "
@@ -54,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output-dir", default="data/musicbench_embeddings", help="folder of embeddings.h5 (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("float32", "float16"), default="float32", help=DTYPE_HELP)
+    add("--dtype", choices=PRECISIONS, default="float32", help=DTYPE_HELP)
     add("--dataset", help=DATASET_HELP)
     add("--revision", help="MusicBench's revision on the hub (a pinned one)")
     add("--encoders", nargs="+", choices=tuple(ENCODERS), default=DEFAULTS, help=ENCODERS_HELP)
@@ -144,7 +150,11 @@ def prepare(args: argparse.Namespace, folder: Path, log: Logger) -> int:
 
 
 def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argparse.Namespace) -> StoreHeader:
-    """Return the header of the store that this run makes."""
+    """Return the header of the store that this run makes.
+
+    TF32 is named in the encoders' entries: its vectors are stored as float32 and are not those of float32.
+    """
+    rounding = {"precision": "tf32"} if args.dtype == "tf32" else {}
     entries = {
         encoder.name: {
             "id": encoder.model,
@@ -152,10 +162,11 @@ def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argpar
             "dim": encoder.dim,
             "sample_rate": encoder.sample_rate,
             "recipe": RECIPE,
+            **rounding,
         }
         for encoder in encoders
     }
-    return StoreHeader(dataset.name, dataset.revision, args.seed, args.dtype, entries)
+    return StoreHeader(dataset.name, dataset.revision, args.seed, stored_type(args.dtype), entries)
 
 
 def embed(
@@ -183,7 +194,9 @@ def embed(
         tqdm(total=size, unit="B", unit_scale=True, desc="reading", position=1, leave=False) as reading,
     ):
         clips = dataset.clips.read(set(rows), lambda position: reading.update(position - reading.n))
-        for finished in embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds):
+
+        def write(finished: Finished) -> None:
+            nonlocal next_line
             started = time.perf_counter()
             settle(work, rows, finished, log)
             seconds.write += time.perf_counter() - started
@@ -191,7 +204,22 @@ def embed(
             if time.perf_counter() >= next_line:
                 log.debug("%s", bar)  # into the file alone, for `tail -f prepare_dataset.log`
                 next_line = time.perf_counter() + LINE_EVERY
+
+        batches = embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds)
+        write_meanwhile(batches, write)
     mark_missing(work, rows, dataset, log)
+
+
+def write_meanwhile(batches: Iterator[Finished], write: Callable[[Finished], None]) -> None:
+    """Write each batch in a thread of its own while the next is computed; a failure to write is raised here."""
+    with ThreadPoolExecutor(1, "writer") as writer:
+        writing: Future | None = None
+        for finished in batches:
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, finished)
+        if writing is not None:
+            writing.result()
 
 
 def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished, log: Logger) -> None:

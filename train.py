@@ -33,10 +33,11 @@ from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
 from text_to_audio.processes import Processes, join
 from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
-from text_to_audio.training.resuming import find_checkpoint, say_if_done, set_aside
+from text_to_audio.training.resuming import find_checkpoint, say_if_done
 from text_to_audio.training.saved_state import restore, run_contents, space_contents
+from text_to_audio.training.setting_aside import set_aside
 from text_to_audio.training.step_models import StepModels
-from text_to_audio.training.training_run import Run, Space, prepare
+from text_to_audio.training.training_run import Run, Space, open_curves, prepare
 
 __all__ = ["ProjectionHead", "TextEncoder", "TrainingConfig", "main"]
 
@@ -96,6 +97,8 @@ def train(config: TrainingConfig, log: Logger, processes: Processes) -> None:
         processes.wait()  # until all have looked for a checkpoint
         if processes.is_main:
             set_aside(config, log)
+    if processes.is_main:
+        open_curves(run, resumed)
     with run.stop, advice_when_out_of_memory(config, train_step):
         fit(run)
         with run.stop.at_once():

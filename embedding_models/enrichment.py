@@ -3,6 +3,9 @@
 import numpy as np
 import torch
 
+from embedding_models.kernels import serve
+from embedding_models.kernels.selection import MOST_ROWS, neighbours
+
 RECIPE = "mean|iqr/1.3489795|mean-abs-diff;windows=10s;v1"
 
 # The interquartile range of a normal distribution, in standard deviations.
@@ -15,23 +18,32 @@ def enrich(frames: torch.Tensor) -> torch.Tensor:
     Three blocks over time: mean; interquartile range / 1.3489795 (a robust standard deviation); mean absolute
     first difference. A single frame has zeros in the second and third.
     """
-    frames = frames.float()
-    quartiles = torch.stack([_interquartile_range(item) for item in frames])
+    quartiles = _interquartile_ranges(frames)
     movement = torch.zeros_like(quartiles)
     if frames.shape[1] > 1:
-        movement = torch.stack([(item[1:] - item[:-1]).abs().mean(dim=0) for item in frames])
-    return torch.cat([frames.mean(dim=1), quartiles / _NORMAL_IQR, movement], dim=1)
+        movement = torch.stack([(item[1:] - item[:-1]).abs().mean(dim=0) for item in map(torch.Tensor.float, frames)])
+    mean = frames.mean(dim=1, dtype=torch.float32)
+    return torch.cat([mean, quartiles / _NORMAL_IQR, movement], dim=1)
 
 
-def _interquartile_range(frames: torch.Tensor) -> torch.Tensor:
-    """Third minus first quartile over time, (time, width) -> (width,), interpolated linearly.
+def _interquartile_ranges(frames: torch.Tensor) -> torch.Tensor:
+    """Third minus first quartile over time, (batch, time, width) -> (batch, width), interpolated linearly.
 
-    One window at a time, as 76,800-dimensional vectors come from 77 MB of frames each. torch.quantile refuses
-    tensors of that size.
+    Where nothing is sorted, two neighbours in order are searched for each quartile (on an H100 a sort is a third of
+    MERT's time). Else one window at a time, as 76,800-dimensional vectors come from 77 MB of frames each.
+    torch.quantile refuses tensors of that size.
     """
-    ordered = _sorted_rows(frames.T)
-    low, high = (_at(ordered, share * (frames.shape[0] - 1)) for share in (0.25, 0.75))
-    return high - low
+    places = [share * (frames.shape[1] - 1) for share in (0.25, 0.75)]
+    if serve(frames) and 1 < frames.shape[1] <= MOST_ROWS:
+        found = neighbours(frames, *map(int, places))
+        low, high = (torch.lerp(found[:, i], found[:, i + 1], places[i // 2] % 1) for i in (0, 2))
+        return high - low
+    ranges = []
+    for item in frames:
+        ordered = _sorted_rows(item.float().T)
+        low, high = (_at(ordered, place) for place in places)
+        ranges.append(high - low)
+    return torch.stack(ranges)
 
 
 def _sorted_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -3,20 +3,25 @@
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from common.errors import UserError
 from common.hub import fetch_model_folder
 from embedding_models.audio import AudioError
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.kernels.group_norm import GroupNorm, Moments, add_to, moments
 from embedding_models.registry import ENCODERS
 from embedding_models.weights import load_tensors, read_json, read_tensors
 
 _WEIGHTS = "music2latent.pt"
-# Signals in one pass: at the published widths one 10 s signal needs 0.22 GB per tensor at full resolution.
-_SIGNALS_AT_ONCE = 8
+# Signals in one pass on a CPU, where more are no faster, and at most on CUDA, where the coarse resolutions of few
+# signals do not fill the device.
+_SIGNALS_ON_CPU, _MOST_SIGNALS = 2, 64
+_ACTIVATIONS_HELD = 4  # at the finest resolution, while its blocks run
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,21 @@ class LatentConfig:
         return self.hop * 2 // 4 ** self.freq_downsample_list.count(1) // self.time_factor
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(channels // 4, 32), channels)
+class _TimeMajorConv(nn.Conv2d):
+    """A convolution of (batch, channels, time, frequency) whose weights are stored as published: frequency, time.
+
+    Its bias is left to whoever adds something to its output or normalises it. Kernel, stride and padding are given
+    as published too.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self.weight.transpose(2, 3), None, self.stride[::-1], self.padding[::-1])
+
+    @property
+    def bias_of_outputs(self) -> torch.Tensor:
+        """The bias that `forward` leaves out, (outputs,)."""
+        assert self.bias is not None
+        return self.bias
 
 
 class _FrequencyGain(nn.Module):
@@ -65,40 +83,46 @@ class _FrequencyGain(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1, 1, frequencies, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale
-
 
 class _FrequencyAttention(nn.Module):
     """Self-attention among the frequencies of each time step, with a residual path."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        self.mha = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.norm = _norm(channels)
+        self.mha = nn.MultiheadAttention(channels, heads, batch_first=True)  # its parameters alone are used
+        self.norm = GroupNorm(channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, channels, frequencies, time = x.shape
-        steps = self.norm(x).permute(0, 3, 2, 1).reshape(batch * time, frequencies, channels)
-        attended = self.mha(steps, steps, steps, need_weights=False)[0]
-        return x + attended.reshape(batch, time, frequencies, channels).permute(0, 3, 2, 1)
+    def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
+        batch, channels, time, frequencies = x.shape
+        steps = self.norm.normalise(x, of_x, silu=False).permute(0, 2, 3, 1).reshape(-1, frequencies, channels)
+        projected = functional.linear(steps, self.mha.in_proj_weight, self.mha.in_proj_bias)
+        parts = projected.unflatten(2, (3, self.mha.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        projection = self.mha.out_proj
+        out = functional.linear(attended, projection.weight).view(batch, time, frequencies, channels)
+        out = out.permute(0, 3, 1, 2)
+        return out, add_to(out, projection.bias, shortcut=x)
 
 
 class _ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, beside a shortcut; in two dimensions or one."""
+    """Norm, SiLU, convolution, twice, beside a shortcut; then attention where the resolution has it."""
 
-    def __init__(self, conv: type[nn.Module], inputs: int, outputs: int, heads: int | None = None):
+    def __init__(self, inputs: int, outputs: int, heads: int | None):
         super().__init__()
-        self.norm1, self.conv1 = _norm(inputs), conv(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = _norm(outputs), conv(outputs, outputs, 3, padding=1)
-        self.res_conv = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
-        self.att = nn.Identity() if heads is None else _FrequencyAttention(outputs, heads)
-        self.activation = nn.SiLU()
+        self.norm1, self.conv1 = GroupNorm(inputs), _TimeMajorConv(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(outputs), _TimeMajorConv(outputs, outputs, 3, padding=1)
+        self.res_conv = None if inputs == outputs else _TimeMajorConv(inputs, outputs, 1)
+        self.att = None if heads is None else _FrequencyAttention(outputs, heads)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.conv1(self.activation(self.norm1(x)))
-        inner = self.conv2(self.activation(self.norm2(inner)))
-        return self.att(inner + self.res_conv(x))
+    def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
+        inner = self.conv1(self.norm1.normalise(x, of_x, silu=True))
+        of_inner = moments(inner)
+        inner = self.norm2.normalise(inner, of_inner, silu=True, bias=self.conv1.bias_of_outputs, in_place=True)
+        inner, bias = self.conv2(inner), self.conv2.bias_of_outputs
+        if self.res_conv is not None:
+            x, bias = self.res_conv(x), bias + self.res_conv.bias_of_outputs
+        of_inner = add_to(inner, bias, shortcut=x)
+        return (inner, of_inner) if self.att is None else self.att(inner, of_inner)
 
 
 class _Downsampling(nn.Module):
@@ -106,55 +130,81 @@ class _Downsampling(nn.Module):
 
     def __init__(self, channels: int, frequency_only: bool):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = GroupNorm(channels)
         if frequency_only:
-            self.c = nn.Conv2d(channels, channels, (5, 1), stride=(4, 1), padding=(2, 0))
+            self.c = _TimeMajorConv(channels, channels, (5, 1), stride=(4, 1), padding=(2, 0))
         else:
-            self.c = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            self.c = _TimeMajorConv(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor, of_x: Moments) -> tuple[torch.Tensor, Moments]:
+        x = self.c(self.norm.normalise(x, of_x, silu=False, in_place=True))
+        return x, add_to(x, self.c.bias_of_outputs)
+
+
+class _BottleneckBlock(nn.Module):
+    """Norm, SiLU, convolution over time, twice, with a residual path."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1, self.conv1 = _plain_norm(channels), nn.Conv1d(channels, channels, 3, padding=1)
+        self.norm2, self.conv2 = _plain_norm(channels), nn.Conv1d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(self.norm(x))
+        inner = self.conv1(functional.silu(self.norm1(x)))
+        return x + self.conv2(functional.silu(self.norm2(inner)))
+
+
+def _plain_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(channels // 4, 32), channels)
 
 
 class LatentEncoder(nn.Module):
-    """The encoder of Music2Latent (https://arxiv.org/abs/2408.06500), with the published parameter names.
+    """The encoder of Music2Latent (https://arxiv.org/abs/2408.06500), with the published parameters.
 
     Takes real and imaginary parts of rescaled spectra, (batch, 2, 2 * hop, frames), the number of frames divisible
     by `time_factor`; gives (batch, bottleneck_channels, frames / time_factor), in -1..1.
+
+    Inside, time comes before frequency and channels are stored last: a time step's frequencies, over which is
+    attended, then lie side by side, and nothing is transposed on the way.
     """
 
     def __init__(self, config: LatentConfig):
         super().__init__()
         channels = [config.base_channels * multiplier for multiplier in config.multipliers_list]
         self.gain = _FrequencyGain(config.hop * 2)
-        self.conv_inp = nn.Conv2d(2, channels[0], 3, padding=1)
-        down, width = [], channels[0]
+        self.conv_inp = _TimeMajorConv(2, channels[0], 3, padding=1)
+        down: list[nn.Module] = []
+        width = channels[0]
         for level, blocks in enumerate(config.layers_list_encoder):
             heads = config.heads if config.attention_list_encoder[level] else None
             for _ in range(blocks):
-                down.append(_ResidualBlock(nn.Conv2d, width, channels[level], heads))
+                down.append(_ResidualBlock(width, channels[level], heads))
                 width = channels[level]
             if level < len(config.freq_downsample_list):
                 down.append(_Downsampling(width, frequency_only=config.freq_downsample_list[level] == 1))
         self.down_layers = nn.ModuleList(down)
-        self.prenorm_1d_to_2d = _norm(width)
+        self.prenorm_1d_to_2d = GroupNorm(width)
         inner = config.bottleneck_base_channels
-        blocks = [_ResidualBlock(nn.Conv1d, inner, inner) for _ in range(config.num_bottleneck_layers)]
-        self.bottleneck_layers = nn.ModuleList([nn.Conv1d(width * config.frequencies, inner, 1), *blocks])
-        self.norm_out = _norm(inner)
-        self.activation_out = nn.SiLU()
+        to_inner = nn.Conv1d(width * config.frequencies, inner, 1)
+        bottleneck = [_BottleneckBlock(inner) for _ in range(config.num_bottleneck_layers)]
+        self.bottleneck_layers = nn.ModuleList([to_inner, *bottleneck])
+        self.norm_out = _plain_norm(inner)
         self.conv_out = nn.Conv1d(inner, config.bottleneck_channels, 1)
 
     def forward(self, spectra: torch.Tensor) -> torch.Tensor:
         """Encode spectra; see the class for shapes."""
-        x = self.gain(self.conv_inp(spectra))
+        x = self.conv_inp(spectra.transpose(2, 3).contiguous(memory_format=torch.channels_last))
+        of_x = add_to(x, self.conv_inp.bias_of_outputs, gain=self.gain.scale.flatten())
         for layer in self.down_layers:
-            x = layer(x)
-        x = self.prenorm_1d_to_2d(x)
-        x = x.reshape(x.shape[0], -1, x.shape[3])  # (batch, channels * frequencies, time)
-        for layer in self.bottleneck_layers:
-            x = layer(x)
-        return self.conv_out(self.activation_out(self.norm_out(x))).tanh()
+            x, of_x = layer(x, of_x)
+        x = self.prenorm_1d_to_2d.normalise(x, of_x, silu=False)
+        to_inner = cast(nn.Conv1d, self.bottleneck_layers[0])
+        # The published weights take channels x frequencies of a time step; here they lie as frequencies x channels.
+        weight = to_inner.weight.view(-1, x.shape[1], x.shape[3]).transpose(1, 2).flatten(1)
+        x = functional.linear(x.permute(0, 2, 3, 1).flatten(2), weight, to_inner.bias).transpose(1, 2).contiguous()
+        for block in list(self.bottleneck_layers)[1:]:
+            x = block(x)
+        return self.conv_out(functional.silu(self.norm_out(x))).tanh()
 
 
 class MusicLatentSpaceModel(AudioEmbeddingModel):
@@ -163,8 +213,9 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
     The two channels are encoded apart; a frame is left | right | magnitude sqrt(left^2 + right^2), 64 each.
     `model` is a hub id or a folder with `music2latent.pt` in the published form (a dictionary whose
     `gen_state_dict` has the encoder under `encoder.`; the decoder is not read). A `config.json` beside it may
-    give fields of `LatentConfig`; without one the published widths are meant. Everything runs in float32 unless
-    `precision="float16"` on CUDA. Raises `UserError` for files that are not such a checkpoint.
+    give fields of `LatentConfig`; without one the published widths are meant. With
+    `precision="float16"` all but the spectra runs in half precision on CUDA. Raises `UserError` for files that are
+    not such a checkpoint.
     """
 
     name = "latent"
@@ -183,7 +234,6 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
         self._config = _read_config(weights.with_name("config.json"))
         self.sample_rate = self._config.sample_rate
         self.frame_dim = 3 * self._config.bottleneck_channels
-        # Not in channels_last on a CPU: torch's group norm is then off by 1.7e-5 of the largest value.
         try:
             self._encoder = LatentEncoder(self._config)
         except (TypeError, ValueError, ArithmeticError, AssertionError) as error:
@@ -194,10 +244,22 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
 
     def _encode(self, waveforms: torch.Tensor) -> torch.Tensor:
         batch, channels, samples = waveforms.shape
-        signals = waveforms.reshape(batch * channels, samples).split(_SIGNALS_AT_ONCE)
-        latents = torch.cat([self._encoder(self._spectra(part)) for part in signals]).float()
+        signals = waveforms.reshape(batch * channels, samples)
+        encoder = self._in_precision(self._encoder)
+        dtype = encoder.conv_out.weight.dtype
+        parts = signals.split(self._signals_at_once(samples, dtype))
+        latents = torch.cat([encoder(self._spectra(part).to(dtype)) for part in parts]).float()
         left, right = (latents / self._config.sigma_rescale).unflatten(0, (batch, channels)).unbind(1)
         return torch.cat([left, right, torch.sqrt(left**2 + right**2)], dim=1).transpose(1, 2)
+
+    def _signals_at_once(self, samples: int, dtype: torch.dtype) -> int:
+        """Signals in one pass: on CUDA as many as half of the free memory holds."""
+        if self.device.type != "cuda":
+            return _SIGNALS_ON_CPU
+        finest = self._config.base_channels * 2 * self._config.hop * (samples // self._config.hop)
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        free -= torch.cuda.memory_allocated(self.device)
+        return max(1, min(_MOST_SIGNALS, int(free / 2 / (_ACTIVATIONS_HELD * finest * dtype.itemsize))))
 
     def _spectra(self, signals: torch.Tensor) -> torch.Tensor:
         """(signals, samples) -> (signals, 2, 2 * hop, frames): as many frames as make up whole latents."""
@@ -207,14 +269,13 @@ class MusicLatentSpaceModel(AudioEmbeddingModel):
             needed = (c.time_factor + 3) * c.hop
             raise AudioError("too short", f"latent: {signals.shape[1]} samples, expected {needed} or more")
         signals = signals[:, : (frames + 3) * c.hop]
-        with torch.autocast(signals.device.type, enabled=False):
-            x = torch.stft(signals, 4 * c.hop, c.hop, window=self._window, center=False, return_complex=True)
-            x = x[:, : 2 * c.hop]  # without the Nyquist frequency
-            parts = torch.view_as_real(x).permute(0, 3, 1, 2)
-            power = parts.square().sum(dim=1, keepdim=True)
-            # m ** alpha in the direction of x is x * m ** (alpha - 1), except where there is nothing.
-            scale = c.beta_rescale * power ** ((c.alpha_rescale - 1) / 2)
-            return parts * scale.masked_fill_(power == 0, 0)
+        x = torch.stft(signals, 4 * c.hop, c.hop, window=self._window, center=False, return_complex=True)
+        x = x[:, : 2 * c.hop]  # without the Nyquist frequency
+        parts = torch.view_as_real(x).permute(0, 3, 1, 2)
+        power = parts.square().sum(dim=1, keepdim=True)
+        # m ** alpha in the direction of x is x * m ** (alpha - 1), except where there is nothing.
+        scale = c.beta_rescale * power ** ((c.alpha_rescale - 1) / 2)
+        return parts * scale.masked_fill_(power == 0, 0)
 
 
 def _read_config(path: Path) -> LatentConfig:
@@ -223,7 +284,8 @@ def _read_config(path: Path) -> LatentConfig:
         return LatentConfig()
     names = {field.name for field in fields(LatentConfig)}
     given = {name: value for name, value in read_json(path).items() if name in names}
-    config = LatentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    config = LatentConfig(**values)
     levels = len(config.multipliers_list)
     lengths = [len(config.layers_list_encoder), len(config.attention_list_encoder)]
     if lengths != [levels, levels] or len(config.freq_downsample_list) != levels - 1:

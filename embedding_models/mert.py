@@ -73,7 +73,8 @@ class MertModel(AudioEmbeddingModel):
         if self._normalise:
             variance, mean = torch.var_mean(waveforms, dim=1, correction=0, keepdim=True)
             waveforms = (waveforms - mean) / torch.sqrt(variance + 1e-7)
-        output = self._hubert(waveforms, output_hidden_states=True)
+        hubert = self._in_precision(self._hubert)
+        output = hubert(waveforms.to(hubert.dtype), output_hidden_states=True)
         # transformers 5 takes the last of `hidden_states` before the final layer norm, 4 took it after.
         return torch.cat([*output.hidden_states[:-1], output.last_hidden_state], dim=2)
 
@@ -85,8 +86,8 @@ def _hubert_config(config: dict, path: os.PathLike) -> HubertConfig:
         if config.get(field):
             raise UserError(f"{path}: {field}: expected false, found {config[field]!r}")
     try:
-        fields = {name: config[name] for name in _HUBERT_FIELDS if name in config}
-        return HubertConfig(attn_implementation="sdpa", **fields)
+        fields = {name: config[name] for name in _HUBERT_FIELDS if name in config} | {"attn_implementation": "sdpa"}
+        return HubertConfig(**fields)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{path}: not the config of a MERT model: {' '.join(str(error).split())}") from error
 

@@ -1,6 +1,7 @@
 """MuQ-MuLan's audio tower as a frozen encoder: 25 frames a second, each a vector of its music-text space."""
 
 import os
+from pathlib import Path
 
 import librosa
 import torch
@@ -31,6 +32,9 @@ _CONFORMER_FIELDS = (
 
 class _LogMel(nn.Module):
     """Mel spectrogram in decibels, (batch, samples) -> (batch, bins, time), on the published scale."""
+
+    filters: torch.Tensor
+    window: torch.Tensor
 
     def __init__(self, hop_length: int, bins: int, mean: float, std: float):
         super().__init__()
@@ -91,10 +95,8 @@ class MuQBackbone(nn.Module):
         strides = {25: (2, 2), 50: (2, 1)}[config["label_rate"]]
         self.conv = _Subsampling(config["n_mels"], config["conv_dim"], width, strides)
         fields = {name: config["w2v2_config"][name] for name in _CONFORMER_FIELDS}
-        depth = config["encoder_depth"]
-        self.conformer = Wav2Vec2ConformerEncoder(
-            Wav2Vec2ConformerConfig(hidden_size=width, num_hidden_layers=depth, attn_implementation="sdpa", **fields)
-        )
+        fields |= {"hidden_size": width, "num_hidden_layers": config["encoder_depth"], "attn_implementation": "sdpa"}
+        self.conformer = Wav2Vec2ConformerEncoder(Wav2Vec2ConformerConfig(**fields))
         del self.conformer.pos_conv_embed  # published and never used: position is in the rotary embedding
 
     def forward(self, waveforms: torch.Tensor) -> list[torch.Tensor]:
@@ -111,7 +113,7 @@ class MuQBackbone(nn.Module):
         return [*states, self.conformer.layer_norm(x)]
 
 
-def read_backbone(path: os.PathLike, prefix: str) -> dict[str, torch.Tensor]:
+def read_backbone(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Read the tensors of a MuQ checkpoint by `MuQBackbone`'s names; `prefix` ends in `model.`.
 
     What serves pre-training alone is left out: codebooks, the projection to them, the class token.
@@ -128,8 +130,8 @@ class MuQEmbeddingModel(AudioEmbeddingModel):
 
     `model` is a MuQ-MuLan checkpoint, `backbone` the MuQ checkpoint that it names in its config: of that one
     only `config.json` is read. Hub ids or folders. The weights come from `model` alone, the text tower is
-    never read. Always float32: half precision gives NaN. Raises `UserError` for files that are no such
-    checkpoint.
+    never read. Half precision gives NaN, so `precision="float16"` is TF32 on CUDA. Raises `UserError` for files
+    that are no such checkpoint.
     """
 
     name = "muq"
@@ -163,7 +165,7 @@ class MuQEmbeddingModel(AudioEmbeddingModel):
         for part in (self._backbone, self._projection, self._to_latents):
             part.eval().requires_grad_(False).to(self.device)
 
-    def _load(self, path) -> None:
+    def _load(self, path: Path) -> None:
         if read_tensors(path, "mulan.audio.transformer."):
             raise UserError(f"{path}: expected an audio head without a transformer, found one")
         optional = ("conformer.embed_positions.inv_freq",)  # a constant, and built as such

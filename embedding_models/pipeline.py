@@ -8,17 +8,18 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from embedding_models.audio import AudioError, AudioFormat, stacked, track_windows
 from embedding_models.averaging import WindowMean
-from embedding_models.base import AudioEmbeddingModel
+from embedding_models.base import AudioEmbeddingModel, Embedding
 
 Clip = tuple[Hashable, bytes | Path]  # the caller's key, and a file's content or its path
 Windows = dict[AudioFormat, np.ndarray]  # one window in every format asked for, (channels, samples)
@@ -29,12 +30,12 @@ _END = object()
 
 @dataclass
 class StageSeconds:
-    """Where the time went: `decode` summed over the workers, the others in the encoding thread."""
+    """Where the time went: `decode` summed over the workers, `encode` on the encoders' device."""
 
     decode: float = 0.0
     wait: float = 0.0
     encode: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    write: float = 0.0  # left to the caller, who writes between two batches
+    write: float = 0.0  # left to the caller, who writes
 
 
 class _Stopped(Exception):
@@ -79,7 +80,7 @@ class _Decoders:
         if self._error is not None:
             raise self._error
 
-    def _wait(self, attempt) -> object:
+    def _wait(self, attempt: Callable[..., Any]) -> Any:
         """Repeat a queue's put or get until it succeeds or the consumer has left."""
         while not self._stop.is_set():
             try:
@@ -138,6 +139,13 @@ class _Track:
     windows: int | None = None  # how many there are, known once it has been decoded to its end
     error: AudioError | None = None
 
+    def take(self, space: str, outcome: np.ndarray | AudioError) -> None:
+        """Add one window's vector in one space, or keep why there is none."""
+        if isinstance(outcome, AudioError):
+            self.error = outcome
+        else:
+            self.means[space].add(outcome)
+
     @property
     def complete(self) -> bool:
         """Nothing more will come of it: decoded to its end, and every window encoded or not worth it."""
@@ -152,13 +160,33 @@ class _Track:
 Finished = list[tuple[Hashable, Vectors | AudioError]]
 
 
+Batch = list[tuple[Hashable, Windows]]
+
+
+@dataclass
+class _Running:
+    """A batch that has been given to the encoders, and what each of them has begun or why it would not.
+
+    `live` are the windows that the encoders were given: those of `batch` whose recording had not failed by then.
+    """
+
+    batch: Batch
+    live: Batch
+    embeddings: list[tuple[AudioEmbeddingModel, Embedding | AudioError]] = field(default_factory=list)
+
+
 class _Batcher:
-    """Groups windows of equal length, runs each batch through every encoder, and averages per recording."""
+    """Groups windows of equal length, runs each batch through every encoder, and averages per recording.
+
+    Where an encoder runs ahead of us (on CUDA), a batch's vectors are taken when the next batch has been begun, so
+    that the device has work while they are looked at and written.
+    """
 
     def __init__(self, encoders: Sequence[AudioEmbeddingModel], batch_size: int, seconds: StageSeconds):
         self._encoders, self._batch_size, self._seconds = encoders, batch_size, seconds
         self._tracks: dict[Hashable, _Track] = {}
-        self._waiting: dict[tuple, list[tuple[Hashable, Windows]]] = defaultdict(list)
+        self._waiting: dict[tuple, Batch] = defaultdict(list)
+        self._running: _Running | None = None
 
     def add(self, key: Hashable, item: Windows | int | AudioError) -> Finished:
         """Take one thing from the decoders; return the recordings that it completed."""
@@ -176,6 +204,7 @@ class _Batcher:
         """Encode what is left; each list is one batch's completed recordings."""
         for lengths in list(self._waiting):
             yield self._encode(self._waiting.pop(lengths))
+        yield self._take(self._running)
 
     def _relieve(self, lengths: tuple) -> Finished:
         """Encode the group that is full, or the largest where many odd lengths have piled up."""
@@ -185,32 +214,65 @@ class _Batcher:
             lengths = max(self._waiting, key=lambda key: len(self._waiting[key]))
         return self._encode(self._waiting.pop(lengths))
 
-    def _encode(self, batch: list[tuple[Hashable, Windows]]) -> Finished:
+    def _encode(self, batch: Batch) -> Finished:
+        """Begin a batch; take the vectors of the one before, or of this one where no encoder runs ahead."""
+        begun = self._begin(batch)
+        if not any(encoder.runs_ahead for encoder in self._encoders):
+            return self._take(begun)
+        finished, self._running = self._take(self._running), begun
+        return finished
+
+    def _begin(self, batch: Batch) -> _Running:
         # A recording that broke off while its first windows waited here is no longer among the tracks.
         batch = [(key, windows) for key, windows in batch if key in self._tracks]
-        for encoder in self._encoders:
-            started = time.perf_counter()
-            self._encode_with(encoder, [(k, w) for k, w in batch if self._tracks[k].error is None])
-            self._seconds.encode[encoder.name] += time.perf_counter() - started
-        for key, _ in batch:
-            self._tracks[key].encoded += 1
-        return self._completed(key for key, _ in batch)
+        running = _Running(batch, [(key, windows) for key, windows in batch if self._tracks[key].error is None])
+        copied: dict[tuple[AudioFormat, torch.device], torch.Tensor] = {}
+        for encoder in self._encoders if running.live else ():
+            place = encoder.format, encoder.device
+            if place not in copied:
+                copied[place] = encoder.to_device(_stacked(running.live, encoder))
+            try:
+                running.embeddings.append((encoder, encoder.begin(copied[place])))
+            except AudioError as error:
+                running.embeddings.append((encoder, error))
+        return running
 
-    def _encode_with(self, encoder: AudioEmbeddingModel, batch: list[tuple[Hashable, Windows]]) -> None:
-        if not batch:
-            return
-        waveforms = stacked([windows[encoder.format] for _, windows in batch])
+    def _take(self, running: _Running | None) -> Finished:
+        """Add a batch's vectors to their recordings; the recordings that it completed."""
+        if running is None:
+            return []
+        for encoder, embedding in running.embeddings:
+            outcomes = self._outcomes(encoder, embedding, running.live)
+            for (key, _), outcome in zip(running.live, outcomes, strict=True):
+                if (track := self._tracks.get(key)) is not None and track.error is None:
+                    track.take(encoder.name, outcome)
+        known = [key for key, _ in running.batch if key in self._tracks]
+        for key in known:
+            self._tracks[key].encoded += 1
+        return self._completed(known)
+
+    def _outcomes(
+        self, encoder: AudioEmbeddingModel, embedding: Embedding | AudioError, batch: Batch
+    ) -> list[np.ndarray | AudioError]:
+        """A vector for each window of a batch, or why there is none."""
         try:
-            vectors = encoder.embed_windows(torch.from_numpy(waveforms)).numpy()
+            if isinstance(embedding, AudioError):
+                raise embedding
+            vectors = embedding.vectors().numpy()
+            self._seconds.encode[encoder.name] += embedding.seconds
+            return list(vectors)
         except AudioError as error:
             if len(batch) == 1:
-                self._tracks[batch[0][0]].error = error
-                return
-            for single in batch:  # find the one that fails; the others are kept
-                self._encode_with(encoder, [single])
-            return
-        for (key, _), vector in zip(batch, vectors, strict=True):
-            self._tracks[key].means[encoder.name].add(vector)
+                return [error]
+        outcomes: list[np.ndarray | AudioError] = []
+        for single in batch:  # find the one that fails; the others are kept
+            try:
+                begun = encoder.begin(_stacked([single], encoder))
+            except AudioError as error:
+                outcomes.append(error)
+                continue
+            outcomes += self._outcomes(encoder, begun, [single])
+        return outcomes
 
     def _completed(self, keys: Iterable[Hashable]) -> Finished:
         finished = []
@@ -218,6 +280,12 @@ class _Batcher:
             if self._tracks[key].complete:
                 finished.append((key, self._tracks.pop(key).result))
         return finished
+
+
+def _stacked(batch: Batch, encoder: AudioEmbeddingModel) -> torch.Tensor:
+    """Windows as one tensor of the shape that an encoder takes, in pinned memory for CUDA."""
+    waveforms = torch.from_numpy(stacked([windows[encoder.format] for _, windows in batch]))
+    return waveforms.pin_memory() if encoder.device.type == "cuda" else waveforms
 
 
 def embed_clips(

@@ -128,6 +128,16 @@ ENCODERS = {
             tflop=3.1,
             default=True,
         ),
+        Encoder(
+            name="musicnn",
+            title="MusiCNN",
+            location="embedding_models.musicnn.model:MusiCNNModel",
+            weights=PackageWeights("MSD_musicnn", "musicnn", "0.1.0", 29_292_476),
+            dim=2259,
+            licence="ISC",
+            commercial=True,
+            tflop=0.002,
+        ),
     )
 }
 

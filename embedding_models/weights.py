@@ -18,10 +18,10 @@ Tensors = dict[str, torch.Tensor]
 class _Placeholder:
     """Stands in for whatever else a checkpoint holds (an optimizer's settings, numpy scalars, ...)."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: object, **kwargs: object) -> "_Placeholder":
         return super().__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         """Forget the state: nothing of it is used."""
 
 

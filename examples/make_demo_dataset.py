@@ -179,8 +179,9 @@ def make_dataset(
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog="example: python examples/make_demo_dataset.py --out demo/dataset --sources 160 --test 64",
+        epilog="example: python -m examples.make_demo_dataset --out demo/dataset --sources 160 --test 64",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the four files")
     parser.add_argument("--sources", type=int, default=160, help="train sources (default: %(default)s)")

@@ -320,8 +320,9 @@ WRITERS: tuple[Callable[[Path], None], ...] = (write_muq, write_mert, write_musi
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.splitlines()[0],
-        epilog="example: python examples/make_tiny_models.py --out models --seed 1",
+        epilog="example: python -m examples.make_tiny_models --out models --seed 1",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the five into")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (%(default)s)")

@@ -12,14 +12,20 @@ from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.measuring.evaluation import caption_scores
 from text_to_audio.model.inference import load_checkpoint
 
+EXAMPLES = """examples:
+  python -m examples.query_store --checkpoint checkpoints/muq_best_r1.pt "calm piano"
+  python -m examples.query_store --checkpoint demo/checkpoints/muq_best_r1.pt \\
+      --data-path demo/data/musicbench_embeddings/embeddings.h5 "calm piano"      (after make demo)"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog='example: python examples/query_store.py --checkpoint checkpoints/muq_best_r1.pt "calm piano"',
+        epilog=EXAMPLES,
     )
-    parser.add_argument("queries", nargs="+", metavar="QUERY")
+    parser.add_argument("queries", nargs="+", metavar="QUERY", help="a text, such as a caption")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint of train.py")
     parser.add_argument("--data-path", metavar="FILE", help="the store (the one it was trained on)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="recordings to choose from (%(default)s)")

@@ -7,6 +7,7 @@ import numpy as np
 
 from common.device import choose_device
 from embedding_models.costs import matmul_tflops
+from embedding_models.precision import stored_type
 from embedding_models.registry import ENCODERS, model_flag
 from preparing.musicbench import PUBLISHED_ROWS, download_sizes
 from preparing.opening import open_dataset
@@ -31,7 +32,7 @@ def plan_lines(args: argparse.Namespace) -> Iterator[str]:
     for name, size in downloads.items():
         shown = "size unknown, the hub did not answer" if size is None else f"{size / 1e9:.2f} GB"
         yield f"download    {name}: {shown}"
-    store = recordings * np.dtype(args.dtype).itemsize * sum(encoder.dim for encoder in encoders)
+    store = recordings * np.dtype(stored_type(args.dtype)).itemsize * sum(encoder.dim for encoder in encoders)
     yield f"disk        store {store / 1e9:.1f} GB in {args.output_dir} at published widths; as much again while"
     yield "            shards are merged, or where recordings were skipped and the rest is copied"
     device = choose_device(args.device)

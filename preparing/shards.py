@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from preparing.differences import differences
 from preparing.recordings import Dataset
 from preparing.work_file import WorkFile, any_shards, check_settings, shard_path, tail_is_cut
 from store.reading import SPLITS, EmbeddingStore, Split, StoreHeader
@@ -68,12 +69,11 @@ def _digest(dataset: Dataset) -> str:
 def check_finished(target: Path, header: StoreHeader, dataset: Dataset) -> None:
     """Raise `UserError` where the finished store is not what this run would make."""
     store = EmbeddingStore(target)
-    for name in ("encoders", "dtype", "seed"):
-        found, expected = getattr(store.header, name), getattr(header, name)
-        if found != expected:
-            raise UserError(
-                f"{target}: was made with {name} {found!r}, now {expected!r}; use another --output-dir, or --overwrite"
-            )
+    made, asked = (
+        {name: getattr(each, name) for name in ("encoders", "dtype", "seed")} for each in (store.header, header)
+    )
+    if listing := differences(made, asked):
+        raise UserError(f"{target}: was made with other settings; use another --output-dir, or --overwrite:{listing}")
     kept = {(name, audio_id) for name in SPLITS for audio_id in store.split(name).audio_id}
     skipped = {audio_id for audio_id, _ in store.skipped()}
     expected = {(item.split, item.audio_id) for item in dataset.recordings if item.audio_id not in skipped}

@@ -18,6 +18,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import publish, replacing
+from preparing.differences import differences
 from store.reading import (
     SPLITS,
     STATES,
@@ -166,7 +167,6 @@ def tail_is_cut(path: Path) -> bool:
 
 def check_settings(path: Path, found: dict, expected: dict) -> None:
     """Raise `UserError` that lists where a shard's settings differ from this run's."""
-    names = [name for name in expected if found.get(name) != expected[name]]
-    if names:
-        listing = "; ".join(f"{name} {found.get(name)!r}, now {expected[name]!r}" for name in names)
-        raise UserError(f"{path}: was begun with other settings ({listing}); use those, or --overwrite")
+    listing = differences({name: found.get(name) for name in expected}, expected)
+    if listing:
+        raise UserError(f"{path}: was begun with other settings; use those, or --overwrite:{listing}")

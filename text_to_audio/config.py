@@ -256,7 +256,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             assert isinstance(each.type, type)
             options = {"type": each.type, "metavar": each.type.__name__.upper()}
-        parser.add_argument(flag, default=each.default, help=f"{texts[each.name]} (default: %(default)s)", **options)
+        default = "" if each.default == "" else " (default: %(default)s)"
+        parser.add_argument(flag, default=each.default, help=texts[each.name] + default, **options)
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> TrainingConfig:

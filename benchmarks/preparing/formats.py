@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python benchmarks/preparing/formats.py --checkpoint demo/checkpoints/muq_best_r1.pt "
+        epilog="example: python -m benchmarks.preparing.formats --checkpoint demo/checkpoints/muq_best_r1.pt "
         "--muq-model demo/models/muq_mulan --muq-backbone demo/models/muq_large   (after make demo)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -129,7 +129,6 @@ def training_step(precision: str, batch_size: int, accumulation: int, folder: Pa
     seconds = time.perf_counter() - start
     trained = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
     tokens = int(run.tokens.lengths[batch].sum())
-    run.spaces[0].writer.close()
     return (
         f"{len(batch)} captions in {accumulation} passes, {tokens} tokens, {trained / 1e6:.0f} M trained weights, "
         f"loss {loss:.3f}, {seconds:.1f} s on {config.torch_device}"
@@ -150,8 +149,9 @@ def show(title: str, task: Callable[[], str | None]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.splitlines()[0],
-        epilog="example: python benchmarks/preparing/full_size.py --parts mert train",
+        epilog="example: python -m benchmarks.preparing.full_size --parts mert train",
     )
     names = (*WRITERS, "train")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="what to run (all)")

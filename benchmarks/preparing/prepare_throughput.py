@@ -42,7 +42,7 @@ class FreeEncoder(AudioEmbeddingModel):
         self.frame_dim = width // 3
         self._vector = torch.rand(width)
 
-    def embed_windows(self, waveforms: torch.Tensor) -> torch.Tensor:
+    def _vectors(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Return the same vector for each window."""
         return self._vector.expand(len(waveforms), -1)
 

@@ -83,7 +83,9 @@ def compare(readers: dict, state: str, rounds: int, rows: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python -m benchmarks.preparing.store_read --rows 1536"
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog="example: python -m benchmarks.preparing.store_read --rows 1536",
     )
     parser.add_argument("--rows", type=int, default=3072)
     parser.add_argument("--rounds", type=int, default=5)

@@ -133,9 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="examples: nice -n 19 python benchmarks/quality/ablation.py\n"
-        "          python benchmarks/quality/ablation.py --settings base 'temperature: learnt' --seeds 0 --epochs 1\n"
-        "          python benchmarks/quality/ablation.py --table",
+        epilog="examples: nice -n 19 python -m benchmarks.quality.ablation\n"
+        "          python -m benchmarks.quality.ablation --settings base 'temperature: learnt' --seeds 0 --epochs 1\n"
+        "          python -m benchmarks.quality.ablation --table",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

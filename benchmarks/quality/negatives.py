@@ -173,8 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="examples: nice -n 19 python benchmarks/quality/negatives.py --equal-time\n"
-        "          python benchmarks/quality/negatives.py --recordings 2000 --epochs 2 --seeds 0 --results small.jsonl",
+        epilog="examples: nice -n 19 python -m benchmarks.quality.negatives --equal-time\n"
+        "          python -m benchmarks.quality.negatives --recordings 2000 --epochs 2 --seeds 0 --results small.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for flag, value, text in (

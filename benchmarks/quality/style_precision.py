@@ -48,8 +48,9 @@ def extract_tests(dataset: Path, names: set[str], folder: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the defaults are those of `make demo`."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.splitlines()[0],
-        epilog="example: python benchmarks/quality/style_precision.py   (after make demo)",
+        epilog="example: python -m benchmarks.quality.style_precision   (after make demo)",
     )
     add = parser.add_argument
     add("--demo", type=Path, default=Path("demo"), help="the demo's folder (default: %(default)s)")

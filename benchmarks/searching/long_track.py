@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python benchmarks/searching/long_track.py --muq-model demo/models/muq_mulan "
+        epilog="example: python -m benchmarks.searching.long_track --muq-model demo/models/muq_mulan "
         "--muq-backbone demo/models/muq_large   (after make demo)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -214,6 +214,7 @@ def check_hostile(port: int) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and return 1 where anything failed or batches brought less than three times the throughput."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
         epilog="example: python -m benchmarks.searching.search_load --seconds 60 --clients 32 --tracks 10000",
     )

@@ -83,7 +83,9 @@ def steps(run: train.Run, count: int) -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python benchmarks/training/full_scale.py --steps 10"
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m benchmarks.training.full_scale --steps 10",
     )
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="captions in a pass (%(default)s)")
@@ -124,7 +126,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         for line in steps(run, args.steps):
             print(line, flush=True)
-        space.writer.close()
 
 
 if __name__ == "__main__":

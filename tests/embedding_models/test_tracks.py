@@ -43,7 +43,7 @@ class _Given(AudioEmbeddingModel):
         super().__init__("given", None, "cpu", "float32")
         self._given = vectors
 
-    def embed_windows(self, waveforms):
+    def _vectors(self, waveforms):
         numbers = np.rint(np.asarray(waveforms)[:, 100] * 100).astype(int)
         return self._given[torch.from_numpy(numbers)]
 

@@ -134,7 +134,7 @@ def test_shards_of_different_settings_are_not_merged(tmp_path, store_parts):
 
 
 def test_other_settings_are_named(tmp_path):
-    with pytest.raises(UserError, match="dtype 'float32', now 'float16'"):
+    with pytest.raises(UserError, match="dtype: 'float32' there, 'float16' now"):
         check_settings(tmp_path, SETTINGS, {**SETTINGS, "dtype": "float16"})
     check_settings(tmp_path, SETTINGS, SETTINGS)
 

@@ -94,3 +94,15 @@ def test_another_folder_is_refused(made):
     assert Path("out/muq/mine.txt").read_text() == "keep"
     with pytest.raises(UserError, match="no such file"):
         export.main(["--checkpoint", "gone.pt", "--out", "x"])
+
+
+def test_the_card_says_what_the_encoder_s_weights_allow(made):
+    state = torch.load("muq_best_r1.pt", weights_only=True)
+    assert "not for commercial use" in (run() / "README.md").read_text()
+    state["config"]["audio_encoder"] = "musicnn"
+    torch.save(state, "musicnn_best_r1.pt")
+    export.main(["--checkpoint", "musicnn_best_r1.pt", "--out", "out/musicnn"])
+    card = Path("out/musicnn/README.md").read_text()
+    assert "the audio encoder musicnn (MSD_musicnn) are ISC, which allows commercial use" in card
+    assert "non-commercial" not in card
+    assert "not for commercial" not in card

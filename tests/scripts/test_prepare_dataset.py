@@ -1,5 +1,6 @@
 """prepare_dataset.py as a user runs it, on tiny encoders in the published formats."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import prepare_dataset
 from common.errors import UserError
 from common.files import locked
-from embedding_models import MuQEmbeddingModel
+from embedding_models import MuQEmbeddingModel, MusiCNNModel
 from helpers.small_musicbench import SmallMusicBench, clip, row, wav_bytes
 from preparing.work_file import DONE, WorkFile
 from store.reading import SPLITS, EmbeddingStore
@@ -87,12 +88,58 @@ def test_three_encoders_from_a_tar(prepare, tmp_path, tiny_models):
     assert "skipped  none" in log
 
 
+def test_musicnn_by_name_beside_the_others(prepare, tmp_path, capsys):
+    data = SmallMusicBench(train_sources=4, copies=1, test=2).write(tmp_path / "data")
+    names = ("muq", "mert", "latent", "musicnn")
+    assert prepare(data, "--plan", encoders=names) == 0
+    plan = capsys.readouterr().out
+    assert "musicnn: MSD_musicnn, weights ISC (commercial use allowed)" in plan
+    assert "pip install --no-deps musicnn==0.1.0: 0.03 GB" in plan
+    assert prepare(data, encoders=names) == 0
+    store = EmbeddingStore("out/embeddings.h5")
+    assert tuple(store.encoders) == names
+    assert list(faults(store.path)) == []
+    entry = store.encoders["musicnn"]
+    assert (entry["id"], entry["revision"], entry["dim"], entry["sample_rate"]) == (
+        "MSD_musicnn",
+        "0.1.0",
+        2259,
+        16_000,
+    )
+    (tmp_path / "one.wav").write_bytes(wav_bytes(clip(4)))
+    expected = MusiCNNModel(device="cpu").embed_file(tmp_path / "one.wav")
+    test = store.split("test")
+    found = store.vectors("test", "musicnn")[test.audio_id.index("data/source00004.wav")]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_extracted_folder_and_float16_and_limit(prepare, tmp_path):
     data = SmallMusicBench().write(tmp_path / "data", tar=False)
     prepare(data, "--dtype", "float16", "--limit", "2")
     store = EmbeddingStore("out/embeddings.h5")
     assert store.header.dtype == "float16"
     assert [len(store.split(name).audio_id) for name in SPLITS] == [2, 2, 2]
+
+
+def test_tf32_is_stored_as_float32_and_is_not_float32(prepare, tmp_path):
+    data = SmallMusicBench(4).write(tmp_path / "data")
+    prepare(data, "--dtype", "tf32")
+    store = EmbeddingStore("out/embeddings.h5")
+    assert store.header.dtype == "float32"
+    assert {entry["precision"] for entry in store.encoders.values()} == {"tf32"}
+    with pytest.raises(UserError, match="made with encoders"):
+        prepare(data)
+    prepare(data, "--overwrite")
+    assert not any("precision" in entry for entry in EmbeddingStore("out/embeddings.h5").encoders.values())
+
+
+def test_a_failure_to_write_is_one_line(prepare, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(WorkFile, "commit", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        prepare(SmallMusicBench(4).write(tmp_path / "data"))
 
 
 def test_own_recordings(prepare, tmp_path):
@@ -222,9 +269,9 @@ def test_stores_of_other_settings_are_refused(prepare, tmp_path, tiny_models):
     data = SmallMusicBench(4).write(tmp_path / "data")
     prepare(data)
     before = Path("out/embeddings.h5").read_bytes()
-    with pytest.raises(UserError, match="made with encoders"):
+    with pytest.raises(UserError, match="made with other settings; use another --output-dir, or --overwrite:\n  "):
         prepare(data, encoders=("muq", "latent"))
-    with pytest.raises(UserError, match="dtype 'float32', now 'float16'"):
+    with pytest.raises(UserError, match="dtype: 'float32' there, 'float16' now"):
         prepare(data, "--dtype", "float16")
     with pytest.raises(UserError, match="recordings are as this run"):
         prepare(data, "--limit", "1")

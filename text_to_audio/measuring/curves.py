@@ -1,5 +1,6 @@
 """TensorBoard curves, written and read: they neither double nor lose a point when a run is killed and resumed."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -40,5 +41,15 @@ def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     if not folder.is_dir():
         return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    said = logging.getLogger("tensorboard")
+    said.addFilter(_is_not_of_purging)
+    try:
+        events.Reload()
+    finally:
+        said.removeFilter(_is_not_of_purging)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def _is_not_of_purging(record: logging.LogRecord) -> bool:
+    """Whether to let a line of TensorBoard's through: that points are left out is meant, and no news to a user."""
+    return "Purging expired events" not in record.getMessage()

@@ -110,6 +110,7 @@ def _similarity_chart(scores: Tensor, gallery: Gallery) -> Markup:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measure a checkpoint and write its report page beside it.",
         epilog="example: python -m text_to_audio.measuring.report_page --checkpoint checkpoints/muq_best_r1.pt",
         allow_abbrev=False,

@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,45 @@ def update_summary(folder: Path, encoder: str, metrics: dict[str, Any]) -> Path:
     Processes that finish at the same time wait for each other. `UserError` where the file there is not JSON or cannot
     be written; it stays as it was.
     """
+    return _change(folder, lambda summary: {**summary, encoder: rounded(metrics)})
+
+
+def rename_earlier(folder: Path, encoders: Iterable[str]) -> dict[str, str]:
+    """Name the entries of these encoders after the time their runs began, to make room; returns encoder -> new name.
+
+    "muq" becomes "muq (2026-11-27 02:10)", with seconds where there is such an entry already. `UserError` as
+    `update_summary`.
+    """
+    path, names = folder / FILE_NAME, dict[str, str]()
+    if not path.exists():
+        return names
+
+    def renamed(summary: dict[str, dict]) -> dict[str, dict]:
+        for encoder in encoders:
+            if encoder in summary:
+                names[encoder] = _earlier_name(encoder, summary, path)
+        return {names.get(name, name): entry for name, entry in summary.items()}
+
+    _change(folder, renamed)
+    return names
+
+
+def _earlier_name(encoder: str, summary: dict[str, dict], path: Path) -> str:
+    written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="milliseconds")
+    started = str(summary[encoder].get("started", written)).replace("T", " ")  # old versions did not say when
+    names = [f"{encoder} ({started[:length]})" for length in (16, 19, 23)]  # to the minute, second, millisecond
+    return next((name for name in names if name not in summary), names[-1])
+
+
+def _change(folder: Path, change: Callable[[dict[str, dict]], dict[str, dict]]) -> Path:
     path = folder / FILE_NAME
     try:
         with locked(folder / f".{FILE_NAME}.lock"):
-            summary = read_summary(path) if path.exists() else {}
-            summary[encoder] = rounded(metrics)
+            summary = change(read_summary(path) if path.exists() else {})
             with replacing(path) as beside:
                 beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: could not write the metrics of {encoder} ({error.strerror})") from error
+        raise UserError(f"{path}: could not write the test metrics ({error.strerror})") from error
     return path
 
 
@@ -47,9 +79,10 @@ def read_summary(path: Path) -> dict[str, dict]:
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Text -> audio metrics, a line per name."""
-    lines = [f"{'':<16}" + "".join(f"{column.removeprefix('t2a_'):>14}" for column in COLUMNS)]
+    width = max(16, *(len(name) + 2 for name in rows))
+    lines = [" " * width + "".join(f"{column.removeprefix('t2a_'):>14}" for column in COLUMNS)]
     for name, metrics in rows.items():
-        lines.append(f"{name:<16}" + "".join(f"{rounded(metrics)[column]:>14}" for column in COLUMNS))
+        lines.append(f"{name:<{width}}" + "".join(f"{rounded(metrics)[column]:>14}" for column in COLUMNS))
     return "\n".join(lines)
 
 
@@ -63,6 +96,7 @@ def table_with_chance(metrics: dict[str, dict[str, float]]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Print the test metrics of every trained audio encoder beside chance.",
         epilog="example: python -m text_to_audio.measuring.summary checkpoints",
     )

@@ -1,9 +1,8 @@
-"""Going on with a run: how far it is, which checkpoint is taken, what must agree, what is put aside."""
+"""Going on with a run: how far it is, which checkpoint is taken, what must agree."""
 
 import hashlib
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import datetime
 from logging import Logger
 from pathlib import Path
@@ -25,7 +24,6 @@ MAY_CHANGE = {
 }  # fmt: skip
 MEASURED = {"text_dim", "audio_dim"}  # of the model and the store, which are compared themselves
 NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progress", "spaces", "step", "queue"}
-PARTS = ("best_r1", "best_loss", "last")  # of each audio space
 
 
 @dataclass
@@ -131,7 +129,7 @@ def find_checkpoint(config: TrainingConfig, log: Logger) -> Checkpoint | None:
     if config.resume == "auto" and not last.exists() and not previous_path(last).exists():
         log.info(f"--resume auto: no {last}, so this is a fresh run")
         return None
-    found, fault = _first_whole([path, *(each for each in [previous_path(path)] if each.exists())])
+    found, fault = first_whole([path, *(each for each in [previous_path(path)] if each.exists())])
     if found is None:
         raise UserError(fault)
     if fault:
@@ -243,52 +241,7 @@ def is_measured(found: Checkpoint, config: TrainingConfig) -> bool:
     )
 
 
-def set_aside(config: TrainingConfig, log: Logger) -> None:
-    """Before a fresh run: move the checkpoints of unfinished ones that it would overwrite into folders of their own."""
-    for name in dict.fromkeys(["joint", config.run_name, *config.audio_encoders]):
-        last = Path(config.checkpoint_dir) / f"{name}_last.pt"
-        there = [path for path in (last, previous_path(last)) if path.exists()]
-        if not there:
-            continue
-        found, fault = _first_whole(there)
-        if found is None and name in ("joint", config.run_name) and not _is_for_use(last):
-            folder = _move(last, [name, *config.audio_encoders])
-            log.warning(f"warning: {fault}; this is a fresh run, and what was there is now in {folder}")
-        elif found is not None and not is_finished(found, found.config):
-            spaces = found.config.audio_encoders
-            if not set(spaces) & set(config.audio_encoders):
-                continue
-            folder = _move(last, dict.fromkeys([name, *spaces]))
-            command = resume_command(replace(found.config, checkpoint_dir=str(folder)))
-            log.warning(
-                f"warning: this is a fresh run; the checkpoints of an unfinished one (step {found.contents['step']}) "
-                f"are now in {folder}; to go on with that: {command}"
-            )
-
-
-def _is_for_use(path: Path) -> bool:
-    """Whether this is a whole checkpoint that nothing goes on from: a joint run's of one space."""
-    try:
-        return bool(read_checkpoint(path))
-    except UserError:
-        return False
-
-
-def _move(last: Path, names: Iterable[str]) -> Path:
-    """Move the checkpoints called `names` beside `last` into a new folder there."""
-    number, stem = 1, last.stem.removesuffix("_last")
-    while (folder := last.parent / f"{stem}_unfinished_{number}").exists():
-        number += 1
-    folder.mkdir()
-    for name in names:
-        for which in (*PARTS, "last.prev"):
-            path = last.with_name(f"{name}_{which}.pt")
-            if path.exists():
-                path.rename(folder / path.name)
-    return folder
-
-
-def _first_whole(paths: list[Path]) -> tuple[Checkpoint | None, str]:
+def first_whole(paths: list[Path]) -> tuple[Checkpoint | None, str]:
     """The first of these checkpoints that can be read, and what is wrong with the others."""
     faults: list[str] = []
     for path in paths:

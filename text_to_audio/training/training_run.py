@@ -43,12 +43,12 @@ from text_to_audio.training.stopping import StopRequest
 class Space(SpaceModels):
     """One audio space of a run: also its recordings, how it is measured, and how well it has done so far.
 
-    writer: in the process that writes, else None.
+    writer: after `open_curves` in the process that writes, else None.
     """
 
     vectors: AudioVectors
     validation: Evaluator
-    writer: CurveWriter | None
+    writer: CurveWriter | None = None
     best: Best = field(default_factory=Best)
 
 
@@ -95,7 +95,7 @@ def prepare(
     config = measured(config, store, text_encoder)
     captions = CaptionSet.of(store.split("train"))
     tokens = TokenCache(text_encoder, captions.captions)
-    spaces = build_spaces(config, store, text_encoder, resumed, processes)
+    spaces = build_spaces(config, store, text_encoder, processes)
     vectors = {space.name: space.vectors for space in spaces}
     steps = config.epochs * batches_per_epoch(captions.caption_source, config.effective_batch_size)
     heads = [(space.projection, space.temperature) for space in spaces]
@@ -141,7 +141,6 @@ def build_spaces(
     config: TrainingConfig,
     store: EmbeddingStore,
     text_encoder: TextEncoder,
-    resumed: Checkpoint | None,
     processes: Processes,
 ) -> list[Space]:
     """A head, temperature, recordings and validation for each audio space of the config."""
@@ -154,15 +153,20 @@ def build_spaces(
         temperature = Temperature(config.temperature, config.learn_temperature).to(config.torch_device)
         tokens = spaces[0].validation.tokens if spaces else None
         validation = Evaluator(text_encoder, store, "val", own, processes, tokens)
-        folder = str(Path(config.log_dir) / name)
-        writer = CurveWriter(folder, *curve_start(resumed, name)) if processes.is_main else None
         spaces.append(
             Space(
                 config=own, projection=projection, temperature=temperature, bank=bank, vectors=vectors,
-                validation=validation, writer=writer,
+                validation=validation,
             )
         )  # fmt: skip
     return spaces
+
+
+def open_curves(run: Run, resumed: Checkpoint | None) -> None:
+    """Begin the TensorBoard curves of each space, or go on with those of the checkpoint `resumed`."""
+    for space in run.spaces:
+        folder = str(Path(run.config.log_dir) / space.name)
+        space.writer = CurveWriter(folder, *curve_start(resumed, space.name))
 
 
 def build_projection(config: TrainingConfig, store: EmbeddingStore) -> ProjectionHead:

@@ -75,7 +75,7 @@ def test_a_fixed_temperature_stays(start):
     train.main(start())
     last = torch.load("checkpoints/muq_last.pt", weights_only=True)
     assert math.exp(last["log_temperature"]) == pytest.approx(0.07, rel=1e-6)
-    assert load_checkpoint("checkpoints/muq_last.pt", "cpu")[2].temperature == 0.07
+    assert load_checkpoint("checkpoints/muq_last.pt", "cpu").config.temperature == 0.07
 
 
 def test_the_bounds_of_a_learnt_temperature():

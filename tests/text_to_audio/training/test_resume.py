@@ -1,3 +1,4 @@
+import logging
 import os
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ from helpers.interrupted_runs import (
 )
 from helpers.stores import make_header, make_splits, make_vectors
 from store.writing import write_store
+from text_to_audio.measuring.curves import read_curves
 from text_to_audio.training.resuming import resume_command
 
 ROOT = Path(train.__file__).parent
@@ -43,10 +45,13 @@ def test_resumed_equals_uninterrupted(parts, workplace, monkeypatch, whole, cras
 
 
 @pytest.mark.parametrize("where", ["save_epoch", "save_last", "measure_best"])
-def test_a_crash_after_the_last_step_of_an_epoch(parts, workplace, monkeypatch, whole, where):
+def test_a_crash_after_the_last_step_of_an_epoch(parts, workplace, monkeypatch, whole, where, caplog):
     step = STEPS if where == "measure_best" else 20
     run_until_crash(parts, monkeypatch, step, "--save-every-steps", "20" if where == "save_epoch" else "0", where=where)
-    train.main(arguments(parts, "--resume", "checkpoints/latent_last.pt"))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "tensorboard"):
+        train.main(arguments(parts, "--resume", "checkpoints/latent_last.pt"))
+    assert "urging" not in caplog.text  # TensorBoard's line on points that are hidden
     assert_same(outcome(workplace), whole)
 
 
@@ -198,15 +203,15 @@ def test_a_fresh_run_puts_an_unfinished_one_aside(parts, workplace, monkeypatch,
     assert not Path("checkpoints/latent_last.prev.pt").exists()
     words = shlex.split(line.split("to go on with that: ")[1])
     assert words[:2] == ["python", "train.py"]
-    train.main([*words[2:], "--log-dir", "logs/again"])
+    train.main(words[2:])
+    own = read_curves(Path("logs/tensorboard/latent_unfinished_1/latent"))  # the curves went with it
+    assert own["train/loss"] == whole[0]["train/loss"]
     curves, weights = whole[:2]
     last = torch.load(f"{aside}/latent_last.pt", weights_only=True)
     assert torch.equal(last["projection_state_dict"]["mean"], weights["last", "mean"])
     for name, value in last["text_encoder_state_dict"].items():
         assert torch.equal(value, weights["last", name])
     assert last["metrics"]["loss"] == pytest.approx(curves["val/loss"][-1][1])
-    train.main(arguments(parts, "--checkpoint-dir", aside))  # over a finished run nothing is put aside
-    assert not Path(aside, "latent_unfinished_1").exists()
 
 
 def test_a_fresh_run_over_something_that_cannot_be_read(parts, workplace):
