@@ -30,6 +30,7 @@ from text_to_audio.model.checkpoints import (
 )
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.planning.choosing import choose
 from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
 from text_to_audio.processes import Processes, join
 from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     config = config_from_arguments(arguments)
     if arguments.plan:
+        choose(config, train_step)
         print(plan_text(make_plan(config, train_step)))
         return
     processes = join(config)
@@ -87,6 +89,7 @@ def train(config: TrainingConfig, log: Logger, processes: Processes) -> None:
     resumed = find_checkpoint(config, log)
     if resumed and say_if_done(resumed, config, log):
         return
+    choose(config, train_step, resumed.config if resumed else None)
     run = prepare(config, log, resumed, processes)
     if resumed:
         restore(resumed, run)
@@ -116,7 +119,7 @@ def report_baseline(run: Run) -> None:
         tokens = tests[0].tokens if tests else None
         tests.append(Evaluator(run.text_encoder, run.store, "test", space.config, run.processes, tokens))
     caches = run.tokens, run.spaces[0].validation.tokens, tests[0].tokens
-    texts = embed_frozen(run.text_encoder, caches, run.config.batch_size, run.processes)
+    texts = embed_frozen(run.text_encoder, caches, run.processes)
     for space, test in zip(run.spaces, tests, strict=True):
         metrics, penalty = ridge_metrics(texts, space.projection, run.captions, space.vectors, space.validation, test)
         rows = by_subset({**metrics, "gallery": len(test.gallery)}, f"{space.name} ridge")

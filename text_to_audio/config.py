@@ -102,9 +102,15 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """arithmetic of the text encoder; auto: bf16 on CUDA, fp32 elsewhere. LoRA and the head are always float32"""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """recompute activations in the backward pass to save memory; auto: on CUDA"""
-    compile: bool = False
-    """compile the text encoder with torch.compile; the first steps then take minutes"""
+    """recompute the layers' activations in the backward pass to save memory: of all, of none, or auto: of as many as
+    the memory asks for"""
+    memory_gb: float = 0.0
+    """10^9 bytes of the GPU's memory to make do with, for gradient_checkpointing auto; 0: all that it has"""
+    recomputed_layers: int = field(default=-1, metadata={"flag": False})
+    """what gradient_checkpointing auto came to for this run; -1: not looked at yet"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the text encoder's layers with torch.compile, for which the first steps take a minute; auto: on CUDA, in
+    a run of so many steps that it pays"""
     num_workers: int = 1
     """threads that get the next steps' tokens and audio vectors ready; 0: the training does it itself"""
     device: str = "auto"
@@ -115,6 +121,10 @@ class TrainingConfig:
     """go on with a run: a NAME_last.pt, or auto for the one in the checkpoint folder, where there is one"""
     save_every_steps: int = 0
     """also save NAME_last.pt after every so many optimizer steps; 0: at the end of each epoch alone"""
+
+    def __post_init__(self):
+        if isinstance(self.compile, bool):  # as configs had it
+            self.compile = "on" if self.compile else "off"
 
     @property
     def audio_encoders(self) -> tuple[str, ...]:
@@ -143,12 +153,15 @@ class TrainingConfig:
             return self.torch_device.type == "cuda"
         return self.precision == "bf16"
 
-    @property
-    def checkpoints_activations(self) -> bool:
-        """Whether activations are recomputed in the backward pass."""
-        if self.gradient_checkpointing == "auto":
-            return self.torch_device.type == "cuda"
-        return self.gradient_checkpointing == "on"
+    def layers_recomputed(self, layers: int) -> int:
+        """Of how many of the text encoder's `layers` the activations are recomputed in the backward pass.
+
+        What auto means for a run is looked at when it begins; until then it is all on CUDA and none elsewhere.
+        """
+        if self.gradient_checkpointing == "auto" and self.recomputed_layers >= 0:
+            return min(layers, self.recomputed_layers)
+        auto = self.gradient_checkpointing == "auto" and self.torch_device.type == "cuda"
+        return layers if auto or self.gradient_checkpointing == "on" else 0
 
     def as_dict(self) -> dict:
         """Plain values for a checkpoint. The device is left to the machine that loads it, resuming to its user."""
@@ -182,7 +195,7 @@ _RANGES = {
     "more than 0": (lambda value: 0 < value < float("inf"), "lr temperature lora_alpha"),
     "0 or more": (
         lambda value: 0 <= value < float("inf"),
-        "text_lr weight_decay warmup_steps seed save_every_steps text_queue num_workers",
+        "text_lr weight_decay warmup_steps seed save_every_steps text_queue num_workers memory_gb",
     ),
     "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing caption_dropout"),
     "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder is the path
 import train
-from benchmarks.training.step_cost import random_captions
+from benchmarks.training.captions import random_captions
 from common.errors import run_script
 from common.files import replacing
 from embedding_models.registry import DEFAULTS, ENCODERS

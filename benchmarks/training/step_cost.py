@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder is the path
 import train
+from benchmarks.training.captions import random_captions
 from common.errors import run_script
 from store.reading import EmbeddingStore, Split, StoreHeader
 from store.writing import write_store
@@ -29,21 +30,6 @@ from text_to_audio.config import TrainingConfig
 from text_to_audio.loading import step_data as steps
 from text_to_audio.loading.batches import plan_epoch
 from text_to_audio.loading.step_data import StepData
-
-WORDS = (
-    *("calm", "happy", "slow", "fast", "soft", "bright"),
-    *("piano", "guitar", "drum", "bass", "strings", "voice"),
-    *("song", "with", "and", "a", "the", "under", "line"),
-)
-
-
-def random_captions(rng: np.random.Generator, count: int) -> list[str]:
-    """Captions of random words with the lengths that the module's text assumes."""
-    spread = np.sqrt(np.log(1 + (21 / 49) ** 2))
-    lengths = np.clip(rng.lognormal(np.log(49) - spread**2 / 2, spread, count), 8, 150).astype(int)
-    for _ in range(4):
-        lengths += rng.integers(0, 2, count) * rng.integers(6, 15, count)
-    return [" ".join(rng.choice(WORDS, length)) for length in lengths]
 
 
 def write_random_store(path: Path, recordings: int, dim: int, captions: list[str]) -> None:

@@ -35,7 +35,7 @@ def test_every_setting_but_the_widths_is_a_flag_with_help(capsys):
     for each in fields(TrainingConfig):
         assert texts[each.name]
         flag = f"--{each.name.replace('_', '-')} "
-        assert (flag in printed) == (each.name not in ("text_dim", "audio_dim")), flag
+        assert (flag in printed) == each.metadata.get("flag", True), flag
     assert "python train.py --audio-encoder muq" in printed
 
 
@@ -107,10 +107,26 @@ def test_choices_are_checked_without_the_command_line_too():
 def test_precision_and_checkpointing_follow_the_device():
     config = TrainingConfig("muq", device="cpu")
     assert not config.bf16
-    assert not config.checkpoints_activations
+    assert config.layers_recomputed(36) == 0
     assert TrainingConfig("muq", device="cpu", precision="bf16").bf16
     assert TrainingConfig("muq", device="cuda").bf16
-    assert TrainingConfig("muq", device="cuda").checkpoints_activations
+    assert TrainingConfig("muq", device="cuda").layers_recomputed(36) == 36  # until it was looked at
+    assert TrainingConfig("muq", device="cuda", recomputed_layers=12).layers_recomputed(36) == 12
+    assert (
+        TrainingConfig("muq", device="cpu", gradient_checkpointing="on", recomputed_layers=0).layers_recomputed(7) == 7
+    )
+    assert TrainingConfig("muq", device="cuda", gradient_checkpointing="off").layers_recomputed(36) == 0
+
+
+@pytest.mark.parametrize(("before", "now"), [(False, "off"), (True, "on"), ("auto", "auto")])
+def test_configs_from_when_compile_was_a_switch_load(before, now):
+    stored = {**TrainingConfig("muq").as_dict(), "compile": before}
+    for name in ("memory_gb", "recomputed_layers"):
+        del stored[name]
+    for config in (TrainingConfig(**stored), TrainingConfig.from_dict(stored, "old.pt")):
+        assert (config.compile, config.memory_gb, config.recomputed_layers) == (now, 0, -1)
+        config.device = "cpu"
+        config.check()
 
 
 def test_parser_prints_defaults():

@@ -14,6 +14,7 @@ from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.model.head import ProjectionHead
 
 TILE_ELEMENTS = 1 << 25  # elements of the bank in hand at once: 128 MB in float32
+UNCOPIED_TILES = 16  # times as many where a tile is a view of the bank: only its scores take memory
 HELD_ON_CPU_BYTES = 2 << 30  # without a GPU a wider bank is read from the store's file, which the system caches
 
 
@@ -53,7 +54,7 @@ class AudioBank:
             return
         where = {"device": device} if self.place == "device" else {"pin_memory": True}
         self._held = torch.empty(len(vectors), vectors.dim, dtype=dtype, **where)
-        for start, stop in self.spans():
+        for start, stop in self._spans(TILE_ELEMENTS):
             self._held[start:stop] = projection.standardise_audio(vectors.block(start, stop))
 
     def __len__(self) -> int:
@@ -61,18 +62,21 @@ class AudioBank:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """First row and end of each tile."""
-        step = max(1, TILE_ELEMENTS // self._vectors.dim)
+        uncopied = self._held is not None and self._held.is_cuda
+        return self._spans(TILE_ELEMENTS * (UNCOPIED_TILES if uncopied else 1))
+
+    def _spans(self, elements: int) -> Iterator[tuple[int, int]]:
+        step = max(1, elements // self._vectors.dim)
         for start in range(0, len(self), step):
             yield start, min(start + step, len(self))
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, (rows, dim) unit vectors on the head's device and in its float type) until all were given."""
+        """(first row, (rows, dim) unit vectors on the head's device, as they are held) until all were given."""
         for start, stop in self.spans():
             if self._held is None:
                 yield start, self._projection.standardise_audio(self._vectors.block(start, stop))
             else:
-                tile = self._held[start:stop].to(self._projection.mean.device, non_blocking=True)
-                yield start, tile.to(self._projection.mean.dtype)
+                yield start, self._held[start:stop].to(self._projection.mean.device, non_blocking=True)
 
 
 def build_bank(
@@ -127,12 +131,25 @@ def _sweep(
         tile_rows = near_rows[bounds[number] : bounds[number + 1]]
         own, same = targets.relation(tile_rows)
         columns = tile_rows - start
-        scores = text @ audio.T / temperature
+        scores = _product(text, audio.T) / temperature
         if same_source == "mask":
             scores[:, columns] = scores[:, columns].masked_fill(same & ~own, -torch.inf)
         softmax.add(scores, audio)
         targets.add(audio, columns, own, same)
     return softmax.log_sum(), softmax.mean(), targets.mean
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in left's type, where right may be a bank in half precision.
+
+    On CUDA such a bank is multiplied as it is held, with sums in float32. Elsewhere, and with a torch that cannot, it
+    is copied first.
+    """
+    if right.dtype == left.dtype:
+        return left @ right
+    if right.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(left.to(right.dtype), right, out_dtype=left.dtype)
+    return left @ right.to(left.dtype)
 
 
 class _RunningSoftmax:
@@ -153,7 +170,7 @@ class _RunningSoftmax:
         shrink = torch.exp(previous - self._highest)
         weight = torch.exp(scores - self._highest[:, None])
         self._total = self._total * shrink + weight.sum(1)
-        self._weighted.mul_(shrink[:, None]).addmm_(weight, audio)
+        self._weighted.mul_(shrink[:, None]).add_(_product(weight, audio))
 
     def log_sum(self) -> Tensor:
         """Log-sum-exp of each text's scores, (texts,)."""
@@ -191,7 +208,7 @@ class _Targets:
         """Take in a tile (rows, dim). near: its columns near the batch; own, same: their `relation`."""
         share = (same if self._same_source == "positive" else own) * self._of_positive
         if self._even is not None:
-            self.mean += self._even * audio.sum(0)
+            self.mean += self._even * audio.sum(0, dtype=self.mean.dtype)
             if self._same_source == "mask":
                 share = share - (same & ~own) * self._even
-        self.mean.addmm_(share, audio[near])
+        self.mean.addmm_(share, audio[near].to(self.mean.dtype))

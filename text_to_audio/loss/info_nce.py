@@ -20,9 +20,8 @@ def contrastive_loss(
     "mask" leaves them out, "positive" makes them targets of equal weight, as in supervised contrastive learning
     (Khosla et al. 2020, L_out). Label smoothing spreads its share evenly over the candidates that are not left out.
     """
-    rows = torch.arange(len(target), device=target.device)
     positive = torch.zeros_like(similarity, dtype=torch.bool)
-    positive[rows, target] = True
+    positive.scatter_(1, target[:, None], True)  # by indexing, the True would be copied to the device and waited for
     left_out = torch.zeros_like(positive)
     if same_source is not None and treat_same_source == "mask":
         left_out = same_source & ~positive

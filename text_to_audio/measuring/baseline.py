@@ -95,12 +95,10 @@ def _frozen(text_encoder: TextEncoder) -> Iterator[None]:
     text_encoder.train(training)
 
 
-def embed_frozen(
-    text_encoder: TextEncoder, tokens: Iterable[TokenCache], batch_size: int, processes: Processes = ALONE
-) -> list[Tensor]:
+def embed_frozen(text_encoder: TextEncoder, tokens: Iterable[TokenCache], processes: Processes = ALONE) -> list[Tensor]:
     """Embeddings (captions, text_dim) of each of these sets of captions by the text encoder as it was before LoRA."""
     with _frozen(text_encoder):
-        return [embed_captions(text_encoder, each, batch_size, processes) for each in tokens]
+        return [embed_captions(text_encoder, each, processes) for each in tokens]
 
 
 def ridge_metrics(

@@ -17,7 +17,7 @@ from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.loss.objective import Scores, contrastive_objective, together
 from text_to_audio.measuring.metrics import retrieval_metrics
 from text_to_audio.model.head import Projection, ProjectionHead
-from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.model.text_encoder import TextEncoder, token_batches
 from text_to_audio.processes import ALONE, Processes
 
 _TILE_ELEMENTS = 1 << 25  # float32 elements of text or audio in hand at once: 128 MB
@@ -80,17 +80,18 @@ def split_gallery(store: EmbeddingStore, split: str) -> Gallery:
 
 
 @torch.no_grad()
-def embed_captions(
-    text_encoder: TextEncoder, tokens: TokenCache, batch_size: int, processes: Processes = ALONE
-) -> Tensor:
+def embed_captions(text_encoder: TextEncoder, tokens: TokenCache, processes: Processes = ALONE) -> Tensor:
     """Sentence embeddings of every cached caption in order, (captions, text_dim) float32 on the CPU.
 
     The processes share the work, and all have the whole.
     """
-    every = np.arange(len(tokens.lengths))
-    embeddings = torch.zeros(len(every), text_encoder.dim)
-    for part in processes.own(micro_batches(every, tokens.lengths, batch_size)):
-        embeddings[part] = text_encoder.encode(tokens.padded(part)).cpu().to(embeddings.dtype)
+    embeddings = torch.zeros(len(tokens.lengths), text_encoder.dim)
+    before: tuple[np.ndarray, Tensor] | None = None
+    for part in [*processes.own(token_batches(tokens.lengths)), None]:
+        now = None if part is None else (part, text_encoder.encode(tokens.padded(part)))
+        if before is not None:  # its copy waits for the device, which has the next batch to do meanwhile
+            embeddings[before[0]] = before[1].cpu().to(embeddings.dtype)
+        before = now
     processes.sum([embeddings])
     return embeddings
 
@@ -177,7 +178,7 @@ class Evaluator:
         """Sentence embeddings of the gallery's captions in evaluation mode; the mode is put back."""
         training = text_encoder.training
         text_encoder.eval()
-        text = embed_captions(text_encoder, self.tokens, self.config.batch_size, self.processes)
+        text = embed_captions(text_encoder, self.tokens, self.processes)
         text_encoder.train(training)
         return text
 

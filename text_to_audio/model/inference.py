@@ -11,7 +11,7 @@ import torch
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.checkpoints import read_checkpoint, restore_weights
 from text_to_audio.model.head import ProjectionHead
-from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.model.text_encoder import TextEncoder, pad_tokens, token_batches
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def load_checkpoint(path: str | Path, device: str = "auto", contents: dict | Non
     """
     path = Path(path)
     contents = read_checkpoint(path) if contents is None else contents
-    config = TrainingConfig.from_dict({**contents["config"], "device": device}, str(path))
+    asked = {"device": device, "compile": "off"}  # the layers are compiled for training alone
+    config = TrainingConfig.from_dict({**contents["config"], **asked}, str(path))
     config.check()
     text_encoder = TextEncoder(config)
     projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
@@ -70,16 +71,19 @@ def embed_texts_batch(
     encoder: TextEncoder,
     projection: ProjectionHead,
     device: str = "cuda",
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Texts as unit vectors (texts, audio_dim) float32 in the standardised audio space, computed on `device`.
 
-    Encoder and head are moved there and left in evaluation mode.
+    Encoder and head are moved there and left in evaluation mode. batch_size: texts in one pass at most; None: as many
+    as `EMBEDDED_TOKENS` hold.
     """
     encoder.to(device).eval()
     projection.to(device).eval()
     vectors = np.empty((len(texts), projection.audio_dim), np.float32)
-    for start in range(0, len(texts), batch_size):
-        text = encoder(texts[start : start + batch_size])
-        vectors[start : start + batch_size] = projection.project_text(text).cpu().numpy()
+    rows = encoder.tokenise(texts) if texts else []
+    for batch in token_batches(np.array([len(row) for row in rows], np.int64)):
+        for part in np.array_split(batch, -(-len(batch) // (batch_size or len(batch)))):
+            text = encoder.encode(pad_tokens([rows[i] for i in part], encoder.pad_token))
+            vectors[part] = projection.project_text(text).cpu().numpy()
     return vectors

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from text_to_audio.config import TrainingConfig
+from text_to_audio.model.forward_pass import forward_pass, layers_of
 from text_to_audio.model.pooling import POOLS, family_pooling
 from text_to_audio.model.pretrained import Pretrained, load_pretrained
 
 POSITION_EMBEDDINGS = {"position_embeddings", "position_embedding", "wpe"}  # as the families call them
+EMBEDDED_TOKENS = 8192  # in one pass without gradients: enough to keep a large GPU busy
 TASK = "Given a description of music, find the recordings that it describes"
 
 
@@ -42,16 +44,15 @@ class TextEncoder(nn.Module):
         _check_length(config, backbone, len(self._token_ids([""])[0]))
         with warnings.catch_warnings():  # transformers' older names, which its whole range and peft know
             warnings.simplefilter("ignore", FutureWarning)
-            if config.checkpoints_activations:
-                # the frozen embedding's output must ask for gradients, or recomputed blocks would give LoRA none
-                backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                backbone.enable_input_require_grads()
             self.model = add_lora(backbone, config)
+        self.layers = len(layers_of(backbone))
+        self._pass = forward_pass(self.model, config.layers_recomputed(self.layers), config.compile == "on")
         self.to(config.torch_device)
-        if config.compile:
-            # with torch's own random numbers both passes of gradient caching draw the same dropout
-            torch._inductor.config.fallback_random = True
-            self.model.compile(dynamic=True)
+
+    def _apply(self, change, recurse=True):
+        super()._apply(change, recurse)
+        self._pass.tie()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +72,14 @@ class TextEncoder(nn.Module):
         return self.tokenizer(prefixed, truncation=True, max_length=self.max_length)["input_ids"]
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Sentence embeddings of padded texts: (2, batch, length) ids and mask -> (batch, dim) float32, unit length."""
+        """Sentence embeddings of texts padded on the right: (2, batch, length) ids and mask -> (batch, dim) float32.
+
+        They have unit length. Raises `ValueError` for padding in front, where the mask can be looked at for nothing.
+        """
+        if type(tokens) is Tensor and tokens.is_cpu and not tokens[1, :, 0].all():
+            raise ValueError("expected texts padded on the right, found padding in front of one")
         ids, mask = tokens.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            # past PEFT, which hands on arguments of its own that CLIP does not take
-            hidden = self.model.get_base_model()(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = self._pass(ids, mask, self.training)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # a bf16 base is pooled in float32
         return F.normalize(POOLS[self.pooling](hidden, mask), dim=-1)
 
@@ -90,6 +94,20 @@ class TextEncoder(nn.Module):
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
+
+
+def token_batches(lengths: np.ndarray, budget: int = EMBEDDED_TOKENS) -> list[np.ndarray]:
+    """Texts of these lengths in batches of like lengths and at most `budget` tokens, padding included; at least one.
+
+    Returns arrays of the texts' numbers, the shortest texts first.
+    """
+    order = np.argsort(lengths, kind="stable")
+    starts, start = [], 0
+    for i, length in enumerate(lengths[order].tolist()):
+        if i > start and (i + 1 - start) * length > budget:
+            starts.append(i)
+            start = i
+    return np.split(order, starts) if len(order) else []
 
 
 def pad_tokens(rows: list[np.ndarray], pad_token: int) -> Tensor:

@@ -6,6 +6,7 @@ what a kernel keeps to itself, and needs less for dropout, whose masks take a by
 on a CPU.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -100,9 +101,11 @@ class FakeVectors:
 
 def on_cpu(config: TrainingConfig) -> TrainingConfig:
     """The same run on CPU tensors: what follows from the device is written out."""
-    precision = "bf16" if config.bf16 else "fp32"
-    checkpointing = "on" if config.checkpoints_activations else "off"
-    return replace(config, device="cpu", precision=precision, gradient_checkpointing=checkpointing)
+    precision, recomputed = "bf16" if config.bf16 else "fp32", config.layers_recomputed(sys.maxsize)
+    return replace(
+        config, device="cpu", precision=precision, compile="off", gradient_checkpointing="auto",
+        recomputed_layers=recomputed,
+    )  # fmt: skip
 
 
 def text_encoder_on_meta(config: TrainingConfig) -> TextEncoder:

@@ -1,8 +1,9 @@
 """What a run will take, before it is started: steps, tokens, bytes, device memory, and what fits which card."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -13,12 +14,10 @@ from text_to_audio.loading.batches import padding_share, plan_epoch
 from text_to_audio.loading.captions import CaptionSet
 from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import IN_MEMORY_BYTES
+from text_to_audio.planning.choosing import CUDA_ALLOWANCE, Measure, fewest_layers, tensor_room
 from text_to_audio.planning.footprint import Footprint, Shape, TakeStep, footprint, text_encoder_on_meta
 from text_to_audio.training.optimisation import warmup_length
 
-# The CUDA context with its kernels (0.3 to 0.6 GiB by driver and card), cuBLAS's workspaces (8 MiB, 32 on Hopper), and
-# what the caching allocator loses by rounding to its blocks. A round figure, not measured.
-CUDA_ALLOWANCE = 1 << 30
 CARDS = (16, 24, 32)  # 10^9 bytes; a card sold under such a number has that many at least
 GIB = 1 << 30
 
@@ -28,8 +27,8 @@ class Plan:
     """What `--plan` reports. Bytes, unless it says otherwise; the cards' numbers are 10^9 bytes.
 
     tokens, padded_tokens: of an epoch, without and with padding. longest: tokens of the longest caption. read: an
-    epoch's bytes from the store. kept: those read once, at the start. proposals: card -> (batch size, accumulation,
-    bytes of tensors), None where one caption is too much.
+    epoch's bytes from the store. kept: those read once, at the start. layers: of the text encoder. proposals: card ->
+    what fits it, None where one caption is too much.
     """
 
     config: TrainingConfig
@@ -44,7 +43,17 @@ class Plan:
     read: int
     kept: int
     allowance: int
-    proposals: dict[int, tuple[int, int, int] | None]
+    layers: int
+    proposals: "dict[int, Proposal | None]"
+
+
+class Proposal(NamedTuple):
+    """A way to fit a card: captions in a pass, passes a step, layers that are recomputed, bytes of tensors."""
+
+    batch_size: int
+    accumulation: int
+    recomputed: int
+    total: int
 
 
 def make_plan(config: TrainingConfig, take_step: TakeStep) -> Plan:
@@ -55,7 +64,8 @@ def make_plan(config: TrainingConfig, take_step: TakeStep) -> Plan:
     store = EmbeddingStore(config.data_path)
     shape = Shape.of(store, config.audio_encoders)
     captions = CaptionSet.of(store.split("train"))
-    tokens = TokenCache(text_encoder_on_meta(config), captions.captions)
+    text_encoder = text_encoder_on_meta(config)
+    tokens, layers = TokenCache(text_encoder, captions.captions), text_encoder.layers
     batches = plan_epoch(captions.caption_source, config.effective_batch_size, config.seed, epoch=1)
     share = padding_share(batches, tokens.lengths, config.batch_size)
     steps = config.epochs * len(batches)
@@ -75,7 +85,8 @@ def make_plan(config: TrainingConfig, take_step: TakeStep) -> Plan:
         read=sum(len(captions) * row for row, kept in zip(rows, held, strict=True) if not kept),
         kept=sum(len(shape.source) * row for row, kept in zip(rows, held, strict=True) if kept),
         allowance=CUDA_ALLOWANCE,
-        proposals=propose(config, lambda each: footprint(each, shape, take_step).total, measured.total),
+        layers=layers,
+        proposals=propose(config, lambda each: footprint(each, shape, take_step).total, layers),
     )
 
 
@@ -93,28 +104,46 @@ def smaller_batches(config: TrainingConfig) -> list[TrainingConfig]:
 
 
 def propose(
-    config: TrainingConfig, measure: Callable[[TrainingConfig], int], total: int, cards: tuple[int, ...] = CARDS
-) -> dict[int, tuple[int, int, int] | None]:
+    config: TrainingConfig, measure: Measure, layers: int, cards: tuple[int, ...] = CARDS
+) -> dict[int, Proposal | None]:
     """For each card the largest batch size with which tensors and allowance fit, the effective batch kept.
 
-    measure: bytes of tensors under a config; total: under `config`. The bytes go up linearly with the batch size but
-    for small steps, so that sizes which are far too large are passed over without measuring.
+    Where recomputing is left to auto, the fewest of the text encoder's `layers` are recomputed that make it fit. The
+    bytes go up linearly with the batch size but for small steps, so that sizes which are far too large are passed over
+    without measuring.
     """
-    known = {config.batch_size: total}
-    proposals: dict[int, tuple[int, int, int] | None] = {}
+    measure, auto = _remembering(measure), config.gradient_checkpointing == "auto"
+    smallest = replace(config, recomputed_layers=layers) if auto else config
+    known: dict[int, int] = {}
+    proposals: dict[int, Proposal | None] = {}
     for card in cards:
-        room = card * 10**9 - CUDA_ALLOWANCE
+        room = tensor_room(card)
         proposals[card] = None
-        for each in [config, *smaller_batches(config)]:
+        for each in [smallest, *smaller_batches(smallest)]:
             size = each.batch_size
             if size not in known and _extrapolated(known, size) > 1.1 * room:
                 continue
-            if size not in known:
-                known[size] = measure(each)
+            known[size] = measure(each)
             if known[size] <= room:
-                proposals[card] = size, each.gradient_accumulation_steps, known[size]
+                fewest = fewest_layers(each, measure, layers, room) if auto else None
+                recomputed = config.layers_recomputed(layers) if fewest is None else fewest
+                total = known[size] if fewest is None else measure(replace(each, recomputed_layers=fewest))
+                proposals[card] = Proposal(size, each.gradient_accumulation_steps, recomputed, total)
                 break
     return proposals
+
+
+def _remembering(measure: Measure) -> Measure:
+    """The same, each run measured once."""
+    known: dict[tuple[int, int], int] = {}
+
+    def remembered(config: TrainingConfig) -> int:
+        key = config.batch_size, config.recomputed_layers
+        if key not in known:
+            known[key] = measure(config)
+        return known[key]
+
+    return remembered
 
 
 def _extrapolated(known: dict[int, int], size: int) -> float:
@@ -131,6 +160,11 @@ def advice(config: TrainingConfig, take_step: TakeStep, free: int | None = None)
     free: bytes of the device, where known; the batch size that fits them is named, else half of it.
     """
     shape = Shape.of(EmbeddingStore(config.data_path), config.audio_encoders)
+    every_layer = replace(config, gradient_checkpointing="on")
+    if free is not None and config != every_layer:
+        total = footprint(every_layer, shape, take_step).total + CUDA_ALLOWANCE
+        if total <= free:
+            return f"out of memory: try --gradient-checkpointing on (about {total / GIB:.1f} GiB)"
     options = smaller_batches(config)
     if not options:
         return _without_smaller(config)
@@ -162,7 +196,7 @@ def advice_when_out_of_memory(config: TrainingConfig, take_step: TakeStep) -> It
 
 def _without_smaller(config: TrainingConfig) -> str:
     instead = "a smaller text model or --hidden-dim, or another space"
-    if not config.checkpoints_activations:
+    if config.gradient_checkpointing != "on" and not config.layers_recomputed(1):
         instead = "--gradient-checkpointing on"
     elif config.max_length > 64:
         instead = f"--max-length {config.max_length // 2}, or {instead}"
@@ -172,10 +206,11 @@ def _without_smaller(config: TrainingConfig) -> str:
 def plan_text(plan: Plan) -> str:
     """The plan as aligned lines."""
     config, measured, share = plan.config, plan.footprint, 1 - plan.tokens / plan.padded_tokens
+    recomputed, device = config.layers_recomputed(plan.layers), config.torch_device
     kept = f"; {_size(plan.kept)} once, then kept in memory" if plan.kept else ""
     lines = [
         ("run", f"{', '.join(config.audio_encoders)}; {config.text_model}"),
-        ("arithmetic", f"{'bf16' if config.bf16 else 'fp32'}, checkpointing {_on(config)}, {config.torch_device}"),
+        ("arithmetic", f"{'bf16' if config.bf16 else 'fp32'}, {_recomputed(recomputed, plan.layers)}, {device}"),
         ("parameters", f"{measured.parameters:,}"),
         ("trainable", f"{measured.trainable:,} ({measured.trainable / measured.parameters:.2%})"),
         ("data", f"{plan.captions:,} captions of {plan.recordings:,} recordings"),
@@ -193,22 +228,24 @@ def plan_text(plan: Plan) -> str:
         ("  CUDA allowance", f"{plan.allowance / GIB:7.2f} GiB (context, kernels, workspaces; on a CPU none)"),
         ("", ""),
     ]
-    lines += [(f"fits {card} GB", _proposal(config, found)) for card, found in plan.proposals.items()]
+    lines += [(f"fits {card} GB", _proposal(plan, card)) for card in plan.proposals]
     return "\n".join(f"{name:<18} {value}".rstrip() for name, value in lines)
 
 
-def _proposal(config: TrainingConfig, found: tuple[int, int, int] | None) -> str:
+def _proposal(plan: Plan, card: int) -> str:
+    found, config = plan.proposals[card], plan.config
     if found is None:
-        hint = "" if config.checkpoints_activations else "; try --gradient-checkpointing on"
+        hint = "; try --gradient-checkpointing on" if config.gradient_checkpointing == "off" else ""
         return f"no, at no batch size{hint}"
-    size, accumulation, total = found
-    if size == config.batch_size:
-        return "yes"
-    return f"with --batch-size {size} --gradient-accumulation-steps {accumulation} ({total / GIB:.2f} GiB of tensors)"
+    auto = f", {_recomputed(found.recomputed, plan.layers)}" if config.gradient_checkpointing == "auto" else ""
+    if found.batch_size == config.batch_size:
+        return f"yes{auto}"
+    size = f"--batch-size {found.batch_size} --gradient-accumulation-steps {found.accumulation}"
+    return f"with {size} ({found.total / GIB:.2f} GiB of tensors){auto}"
 
 
-def _on(config: TrainingConfig) -> str:
-    return "on" if config.checkpoints_activations else "off"
+def _recomputed(layers: int, of: int) -> str:
+    return f"{layers} of {of} layers recomputed"
 
 
 def _size(count: int) -> str:

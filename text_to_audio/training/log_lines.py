@@ -56,7 +56,7 @@ class Speed:
 
 def announce(run: Run) -> None:
     """Say what is about to be trained, and warn about settings that do not fit the run."""
-    config, log, captions = run.config, run.log, run.captions
+    config, log, captions, layers = run.config, run.log, run.captions, run.text_encoder.layers
     lora, frozen = (
         sum(p.numel() for p in run.text_encoder.parameters() if p.requires_grad == trained) for trained in (True, False)
     )
@@ -79,7 +79,8 @@ def announce(run: Run) -> None:
     )
     log.info(
         f"{run.processes.count} process{'es' * (run.processes.count > 1)} on {config.torch_device.type} in "
-        f"{'bf16' if config.bf16 else 'fp32'}, attention {run.text_encoder.attention}"
+        f"{'bf16' if config.bf16 else 'fp32'}, attention {run.text_encoder.attention}; "
+        f"{config.layers_recomputed(layers)} of {layers} text layers recomputed, compile {config.compile}"
     )
     for space in run.spaces:
         if space.bank:

@@ -20,7 +20,7 @@ from text_to_audio.model.checkpoints import checkpoint_path, read_checkpoint, sa
 # settings that do not change what is learnt in the steps that are left, or only how many these are
 MAY_CHANGE = {
     "data_path", "checkpoint_dir", "log_dir", "resume", "save_every_steps", "device", "gradient_checkpointing",
-    "epochs", "patience", "baseline", "compile", "num_workers",
+    "epochs", "patience", "baseline", "compile", "num_workers", "memory_gb", "recomputed_layers",
 }  # fmt: skip
 MEASURED = {"text_dim", "audio_dim"}  # of the model and the store, which are compared themselves
 NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progress", "spaces", "step", "queue"}
@@ -258,7 +258,8 @@ def resume_command(config: TrainingConfig) -> str:
     words = ["python", "train.py", "--audio-encoder", *config.audio_encoders]
     for each in fields(config):
         value = getattr(config, each.name)
-        if each.name in {"resume", "audio_encoder", *MEASURED} or value == getattr(defaults, each.name):
+        flag = each.metadata.get("flag", True) and each.name not in {"resume", "audio_encoder"}
+        if not flag or value == getattr(defaults, each.name):
             continue
         words += [f"--{each.name.replace('_', '-')}", *([] if each.type is bool else [str(value)])]
     return shlex.join([*words, "--resume", "auto"])

@@ -64,7 +64,7 @@ def test_it_is_the_frozen_encoder_s_and_leaves_it_as_it_was(parts):
     caches = [tokens, *(each.tokens for each in evaluators)]
 
     def found():
-        return ridge_metrics(embed_frozen(encoder, caches, 5), head, captions, vectors, *evaluators)
+        return ridge_metrics(embed_frozen(encoder, caches), head, captions, vectors, *evaluators)
 
     before, penalty = found()
     assert penalty in baseline.PENALTIES
@@ -77,9 +77,9 @@ def test_it_is_the_frozen_encoder_s_and_leaves_it_as_it_was(parts):
     assert found() == (before, penalty)
     assert encoder.training
     assert [name for name, parameter in encoder.named_parameters() if parameter.requires_grad] == trained
-    adapted = baseline.embed_captions(encoder.eval(), tokens, 5)
+    adapted = baseline.embed_captions(encoder.eval(), tokens)
     with encoder.model.disable_adapter():
-        assert (adapted - baseline.embed_captions(encoder, tokens, 5)).abs().max() > 0.01  # LoRA did something
+        assert (adapted - baseline.embed_captions(encoder, tokens)).abs().max() > 0.01  # LoRA did something
     gallery = evaluators[1].gallery
     some = retrieval_metrics(torch.rand(len(gallery.captions), 9), torch.from_numpy(gallery.captions.caption_audio))
     assert before.keys() == some.keys()
@@ -89,6 +89,6 @@ def test_it_is_the_frozen_encoder_s_and_leaves_it_as_it_was(parts):
 def test_texts_that_are_all_alike_are_said_to_be(parts, texts):
     _, encoder, _, head, captions, vectors = parts
     alike = replace(captions, captions=texts)
-    (text,) = embed_frozen(encoder, [TokenCache(encoder, texts)], 5)
+    (text,) = embed_frozen(encoder, [TokenCache(encoder, texts)])
     with pytest.raises(UserError, match=r"--baseline: expected captions that differ, found 60 .* all alike"):
         fit_ridge(text, alike, vectors, head)

@@ -16,13 +16,15 @@ from common.errors import UserError
 from examples.make_tiny_models import train_tokenizer
 from helpers.stores import make_header, make_splits, make_vectors
 from helpers.tiny_text_models import make_bert, make_qwen3
+from store.reading import EmbeddingStore
 from store.writing import write_store
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.checkpoints import model_state, save_checkpoint
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.planning.choosing import choose, fewest_layers, tensor_room
 from text_to_audio.planning.footprint import PARTS, Shape, batch_captions, footprint
-from text_to_audio.planning.plan import CUDA_ALLOWANCE, GIB, advice, make_plan, plan_text, propose
+from text_to_audio.planning.plan import GIB, advice, make_plan, plan_text, propose
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,8 @@ def test_more_text_takes_more_activations_and_nothing_else(qwen3, audio_negative
     shape = shape_of(dim=1536)
     parts, longer = peak_memory(config, shape), peak_memory(replace(config, max_length=192), shape)
     more = {name for name in PARTS if longer[name] > parts[name]}
-    # with gradient caching the peak of long texts is in another pass than that of short ones
-    assert more == {"activations"} | ({"logits"} & more if text_negatives == "batch" else set())
+    # the peak of long texts may be at another moment than that of short ones
+    assert more == {"activations"} | ({"logits"} & more)
     assert sum(longer.values()) > sum(parts.values())
 
 
@@ -132,7 +134,7 @@ def test_plan_of_a_store(kind, qwen3, store, tmp_path):
     assert plan.tokens <= plan.padded_tokens < 2 * plan.tokens
     assert plan.read == 0
     assert plan.kept == 64 * 76_800 * 2
-    assert plan.proposals == dict.fromkeys((16, 24, 32), (8, 2, plan.footprint.total))
+    assert plan.proposals == dict.fromkeys((16, 24, 32), (8, 2, 0, plan.footprint.total))
     lines = plan_text(plan).splitlines()
     for part in (*PARTS, "tensors", "CUDA allowance", "fits 16 GB", "steps", "warm-up", "tokens an epoch"):
         assert any(line.strip().startswith(part) for line in lines), part
@@ -151,18 +153,81 @@ def test_proposals_halve_the_batch_and_keep_the_effective_one():
     asked = []
 
     def measure(each):
-        asked.append(each.batch_size)
+        asked.append((each.batch_size, each.recomputed_layers))
         assert each.effective_batch_size == 256
         return 10 * 10**9 + each.batch_size * 10**9
 
-    found = propose(config, measure, measure(config))
-    room = {card: card * 10**9 - CUDA_ALLOWANCE for card in (16, 24, 32)}
-    assert found == {16: (4, 64, 14 * 10**9), 24: (8, 32, 18 * 10**9), 32: (16, 16, 26 * 10**9)}
-    assert all(found[card][2] <= room[card] < found[card][2] * 2 for card in found)
+    found = propose(config, measure, 36)
+    room = {card: tensor_room(card) for card in (16, 24, 32)}
+    assert found == {16: (4, 64, 0, 14 * 10**9), 24: (8, 32, 0, 18 * 10**9), 32: (16, 16, 0, 26 * 10**9)}
+    assert all(found[card].total <= room[card] < found[card].total * 2 for card in found)
     assert len(asked) == len(set(asked))
-    assert propose(config, lambda each: 40 * 10**9, 40 * 10**9) == dict.fromkeys((16, 24, 32))
+    assert propose(config, lambda each: 40 * 10**9, 36) == dict.fromkeys((16, 24, 32))
     odd = TrainingConfig("muq", batch_size=6, gradient_accumulation_steps=2)
-    assert propose(odd, lambda each: each.batch_size * 10**10, 6 * 10**10)[32] == (3, 4, 3 * 10**10)
+    assert propose(odd, lambda each: each.batch_size * 9 * 10**9, 36)[32] == (3, 4, 0, 27 * 10**9)
+
+
+def test_no_more_layers_are_recomputed_than_the_memory_asks_for():
+    config = TrainingConfig("muq")
+
+    def measure(each):  # a layer keeps 1 GB, and 0.1 GB where it is recomputed; then one is there in the backward pass
+        kept = 36 - each.recomputed_layers
+        return 10 * 10**9 + kept * 10**9 + each.recomputed_layers * 10**8 + (10**9 if not kept else 0)
+
+    for room in range(15 * 10**9, 50 * 10**9, 700_000_000):
+        fewest = fewest_layers(config, measure, 36, room)
+        assert measure(replace(config, recomputed_layers=fewest)) <= room
+        assert fewest <= 1 or measure(replace(config, recomputed_layers=fewest - 2)) > room
+    assert fewest_layers(config, measure, 36, 14 * 10**9) is None
+    found = propose(config, measure, 36)
+    assert found[32].batch_size == found[24].batch_size == config.batch_size
+    assert 0 < found[32].recomputed < found[24].recomputed < 36
+    assert found[16] is None
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A config says it runs on CUDA, of which so many bytes are free."""
+    monkeypatch.setattr(TrainingConfig, "torch_device", property(lambda self: torch.device(self.device)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * 10**9))
+    free = [80 * 10**9]
+    return free
+
+
+def test_auto_is_chosen_from_the_whole_run_and_kept(qwen3, store, on_a_gpu):
+    def chosen(before=None, **settings):
+        config = TrainingConfig("muq", text_model=qwen3, data_path=store, **{"device": "cuda", **settings})
+        choose(config, train.train_step, before)
+        return config
+
+    long = chosen(epochs=2000, batch_size=4)
+    assert (long.compile, long.recomputed_layers) == ("on", 0)
+    assert chosen(epochs=2, batch_size=4).compile == "off"
+    assert chosen(epochs=2, compile="on").compile == "on"
+    assert (chosen(device="cpu", epochs=2000).compile, chosen(device="cpu").recomputed_layers) == ("off", 0)
+    assert chosen(gradient_checkpointing="on").recomputed_layers == -1
+
+    total = {
+        n: footprint(replace(long, recomputed_layers=n), shape_of_store(store), train.train_step).total for n in (0, 2)
+    }
+    tight = (sum(total.values()) / 2 / 0.95 + 2**30) / 1e9
+    for settings in ({"memory_gb": tight}, {"memory_gb": tight, "device": "cpu"}):
+        assert 0 < chosen(batch_size=4, **settings).recomputed_layers <= 2
+    assert chosen(batch_size=4, memory_gb=0.5).recomputed_layers == 2  # it will not fit, but this is the most
+    on_a_gpu[0] = int(sum(total.values()) / 2 / 0.95)
+    assert 0 < chosen(batch_size=4).recomputed_layers <= 2
+
+    # a run that is gone on with does as it did, on another card and for another number of epochs too
+    again = chosen(TrainingConfig.from_dict(long.as_dict(), "muq_last.pt"), epochs=2, batch_size=4)
+    assert (again.compile, again.recomputed_layers) == ("on", 0)
+    assert chosen(long, gradient_checkpointing="on", batch_size=4).layers_recomputed(2) == 2
+    assert chosen(long, memory_gb=tight, batch_size=4).recomputed_layers > 0
+    old = TrainingConfig("muq", compile=False)  # what checkpoints from before say
+    assert chosen(old, epochs=2000, batch_size=4).compile == "off"
+
+
+def shape_of_store(path):
+    return Shape.of(EmbeddingStore(path), ("muq",))
 
 
 def test_advice_names_a_batch_size_that_fits(qwen3, store):
@@ -171,6 +236,7 @@ def test_advice_names_a_batch_size_that_fits(qwen3, store):
     assert "\n" not in said
     assert "--batch-size 4 --gradient-accumulation-steps 16 (about 2.8 GiB" in said
     assert "effective batch stays 64" in said
+    assert "out of memory: try --gradient-checkpointing on (about" in advice(config, train.train_step, free=10**12)
     assert "no smaller batch size fits; try --gradient-checkpointing on" in advice(config, train.train_step, free=10**8)
     assert "try --gradient-checkpointing on" in advice(replace(config, batch_size=1), train.train_step)
 

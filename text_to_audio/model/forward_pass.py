@@ -1,0 +1,189 @@
+"""How a text model's layers are run: which are recomputed, which are compiled, and LoRA in few kernels.
+
+The PEFT model keeps its modules, names and weights; only what is computed with them is told here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import islice, repeat
+from typing import Protocol
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from text_to_audio.model.decoder import LayerShape, LayerWeights, Projection, decoder_layer, rotary_tables
+from text_to_audio.model.lora import ADAPTER, LoraCopies, LoraGroup, LoraProjection
+
+# layers that compute what `decoder_layer` does, where they have the parts that it knows
+DECODERS = ("Qwen3DecoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer")
+
+COMPILED = {"fallback_random": True}  # torch's own random numbers: dropout is that of layers that are not compiled
+
+
+class ForwardPass(Protocol):
+    """Runs a text model on its own weights."""
+
+    def __call__(self, ids: Tensor, mask: Tensor, training: bool) -> Tensor:
+        """Hidden states (batch, length, width) of token ids (batch, length), padded on the right, after the norm."""
+
+    def tie(self) -> None:
+        """Take the weights from where they are now; to be called after each move of the model."""
+
+
+def forward_pass(model: nn.Module, recomputed: int, compiled: bool) -> ForwardPass:
+    """That of a PEFT model. recomputed: layers whose activations are computed anew in the backward pass."""
+    backbone = model.get_base_model()
+    return (DecoderPass if compiles_by_layer(backbone) else ModulePass)(model, recomputed, compiled)
+
+
+def layers_of(backbone: nn.Module) -> list[nn.Module]:
+    """The backbone's blocks: the longest list of modules of one class in it."""
+    lists = [list(each) for each in backbone.modules() if isinstance(each, nn.ModuleList)]
+    alike = [each for each in lists if len({type(module) for module in each}) == 1]
+    return max(alike, key=len, default=[])
+
+
+def compiles_by_layer(backbone: nn.Module) -> bool:
+    """Whether the backbone is a decoder whose layers `decoder_layer` computes, so that they are compiled as one."""
+    layers = layers_of(backbone)
+    return bool(layers) and hasattr(backbone, "rotary_emb") and all(_is_known(layer) for layer in layers)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    if type(layer).__name__ not in DECODERS:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_fn"}
+    return (
+        {name for name, _ in attention.named_children()} <= known
+        and getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is None
+        and not getattr(attention, "attention_dropout", 0.0)
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and hasattr(layer.input_layernorm, "variance_epsilon")
+    )
+
+
+class DecoderPass:
+    """A decoder by `decoder_layer`, which is compiled once for all layers, and in training alone."""
+
+    def __init__(self, model: nn.Module, recomputed: int, compiled: bool):
+        self.backbone = model.get_base_model()
+        self.recomputed = recomputed
+        self.layers = layers_of(self.backbone)
+        first = self.layers[0].self_attn
+        self.dropout = _dropout(first.q_proj)
+        self.groups = [
+            LoraGroup(linear)
+            for layer in self.layers
+            for attention, mlp in [(layer.self_attn, layer.mlp)]
+            for linear in (
+                [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj],
+                [mlp.gate_proj, mlp.up_proj], [mlp.down_proj],
+            )
+        ]  # fmt: skip
+        self.copies = LoraCopies(self.groups)
+        heads, groups, _ = (width // first.head_dim for width in self.groups[0].outputs)
+        epsilon = self.layers[0].input_layernorm.variance_epsilon
+        self.shape = LayerShape(heads, groups, first.head_dim, epsilon, first.scaling)
+        self.compiled_layer = torch.compile(decoder_layer, options=COMPILED) if compiled else None
+        self.tie()
+
+    def tie(self) -> None:
+        """Take the weights from where they are now."""
+        for group in self.groups:
+            group.tie()
+        self.norms = [self._norms(layer) for layer in self.layers]
+
+    def _norms(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor]:
+        of_heads = None
+        if hasattr(layer.self_attn, "q_norm"):
+            q, k = layer.self_attn.q_norm.weight.detach(), layer.self_attn.k_norm.weight.detach()
+            of_heads = torch.cat((q.expand(self.shape.heads, -1), k.expand(self.shape.groups, -1)))
+        return layer.input_layernorm.weight.detach(), of_heads, layer.post_attention_layernorm.weight.detach()
+
+    def __call__(self, ids: Tensor, mask: Tensor, training: bool) -> Tensor:
+        """See `ForwardPass`. The mask is not needed: attention is causal, and the padding comes last."""
+        hidden = self.backbone.embed_tokens(ids)
+        position = torch.arange(ids.shape[1], device=ids.device)[None]
+        cos, sin = rotary_tables(*self.backbone.rotary_emb(hidden, position))
+        layer = decoder_layer
+        if self.compiled_layer is not None and training:
+            layer = self.compiled_layer
+            hidden.requires_grad_(torch.is_grad_enabled())  # as it has in all layers but the first: one graph
+            for each, dimensions in ((hidden, 2), (cos, 1), (sin, 1)):
+                for dimension in range(dimensions):
+                    torch._dynamo.maybe_mark_dynamic(each, dimension)
+        dropout = self.dropout if training else 0.0
+        without_lora = self.groups[0].layers[0].disable_adapters
+        copies = repeat((None, None)) if without_lora else iter(self.copies.make(hidden.dtype))
+        groups = iter(self.groups)
+        for number, norms in enumerate(self.norms):
+            parts = [Projection(group.weight, group.bias, *next(copies)) for group in islice(groups, 4)]
+            arguments = hidden, cos, sin, LayerWeights(*norms, *parts), self.shape, dropout
+            if number < self.recomputed and torch.is_grad_enabled():
+                hidden = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                hidden = layer(*arguments)
+        return self.backbone.norm(hidden)
+
+
+class ModulePass:
+    """A model by its own modules, of which LoRA's layers compute in few kernels."""
+
+    def __init__(self, model: nn.Module, recomputed: int, compiled: bool):
+        self.backbone = model.get_base_model()
+        linear = [
+            each
+            for each in model.modules()
+            if isinstance(each, LoraLinear) and isinstance(each.get_base_layer(), nn.Linear)
+        ]
+        self.groups = [LoraGroup([each]) for each in linear]
+        self.copies = LoraCopies(self.groups)
+        self.current: list[tuple[Tensor, Tensor]] = []
+        for number, each in enumerate(linear):
+            each.forward = partial(self._project, number, each)
+        if compiled and recomputed:
+            raise UserError(
+                "--compile on: expected --gradient-checkpointing off, since the layers of this text model are compiled "
+                "together and dropout cannot be recomputed in that"
+            )
+        if compiled:
+            self.backbone.compile(dynamic=True, options=COMPILED)
+        for layer in layers_of(self.backbone)[:recomputed]:
+            layer.forward = partial(_recomputed, layer.forward)
+
+    def tie(self) -> None:
+        """Take the weights from where they are now."""
+        for group in self.groups:
+            group.tie()
+
+    def _project(self, number: int, layer: nn.Module, x: Tensor) -> Tensor:
+        if layer.disable_adapters:
+            return layer.get_base_layer()(x)
+        group = self.groups[number]
+        dropout = _dropout(layer) if layer.training else 0.0
+        flat = x.to(group.weight.dtype).flatten(0, -2)
+        y = LoraProjection.apply(flat, group.weight, group.bias, *self.current[number], dropout)
+        return y.unflatten(0, x.shape[:-1])
+
+    def __call__(self, ids: Tensor, mask: Tensor, training: bool) -> Tensor:
+        """See `ForwardPass`."""
+        dtype = next(self.backbone.parameters()).dtype
+        self.current = self.copies.make(dtype)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            # past PEFT, which hands on arguments of its own that CLIP does not take
+            return self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def _dropout(layer: LoraLinear) -> float:
+    return getattr(layer.lora_dropout[ADAPTER], "p", 0.0)  # without one it is an identity
+
+
+def _recomputed(forward: Callable, *arguments, **named):
+    """Call `forward`, and once more in the backward pass instead of keeping what it computes."""
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)
