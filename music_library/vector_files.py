@@ -88,11 +88,11 @@ class VectorFiles:
                 self._database.executescript(_TABLES)
                 self._settle(about)
             self.about = self._read_about()
-        except sqlite3.DatabaseError as error:
+            self.dim = int(self.about["dim"])
+            self._version = self._highest_version()
+        except (sqlite3.DatabaseError, KeyError, ValueError) as error:
             raise UserError(f"{catalogue}: expected a catalogue of index_library.py ({error})") from error
-        self.dim = int(self.about["dim"])
         self._free: dict[str, Iterator[int]] = {}
-        self._version = self._highest_version()
 
     def _settle(self, about: dict) -> None:
         """Note what the vectors are, or check that they are it."""
@@ -126,6 +126,17 @@ class VectorFiles:
 
     # reading
 
+    def _ask(self, query: str, values: tuple = ()) -> Iterator[tuple]:
+        """The rows of an answer; `UserError` where the catalogue turns out to be damaged."""
+        try:
+            yield from self._database.execute(query, values)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter from what SQLite says of the damage
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.folder / 'catalogue.sqlite'}: expected a catalogue of index_library.py, found a damaged one "
+                f"({reason}); remove {self.folder} and index again"
+            ) from error
+
     @property
     def vectors(self) -> np.ndarray:
         """The tracks' vectors, (rows, dim) float16, mapped; rows no track names may hold anything."""
@@ -144,41 +155,41 @@ class VectorFiles:
         return np.memmap(path, DTYPE, "r", shape=(rows, self.dim))
 
     def __len__(self) -> int:
-        return self._database.execute("SELECT count(*) FROM tracks").fetchone()[0]
+        return next(self._ask("SELECT count(*) FROM tracks"))[0]
 
     def tracks(self) -> Iterator[Track]:
         """Every track, by row."""
-        for values in self._database.execute(f"SELECT {_COLUMNS} FROM tracks ORDER BY row"):
+        for values in self._ask(f"SELECT {_COLUMNS} FROM tracks ORDER BY row"):
             yield Track(*values)
 
     def find(self, **where: object) -> Track | None:
         """The first track with this column of this value."""
         ((column, value),) = where.items()
-        found = self._database.execute(f"SELECT {_COLUMNS} FROM tracks WHERE {column} = ? LIMIT 1", (value,)).fetchone()
+        found = next(self._ask(f"SELECT {_COLUMNS} FROM tracks WHERE {column} = ? LIMIT 1", (value,)), None)
         return Track(*found) if found else None
 
     def rows_of(self, ids: Iterable[int]) -> dict[int, int]:
         """The rows of tracks, by id, of those that are there."""
         rows = {}
         for each in ids:
-            if found := self._database.execute("SELECT row FROM tracks WHERE id = ?", (each,)).fetchone():
+            if found := next(self._ask("SELECT row FROM tracks WHERE id = ?", (each,)), None):
                 rows[each] = found[0]
         return rows
 
     def windows_of(self, track: int | None = None) -> Iterator[Window]:
         """The windows of a track in their order; of every track by row, where none is named."""
         where, values = ("WHERE track = ? ORDER BY start", (track,)) if track is not None else ("ORDER BY row", ())
-        for found in self._database.execute(f"SELECT track, start, row, version FROM windows {where}", values):
+        for found in self._ask(f"SELECT track, start, row, version FROM windows {where}", values):
             yield Window(*found)
 
     def has_windows(self, track: int) -> bool:
         """Whether a track's windows are kept."""
-        return self._database.execute("SELECT 1 FROM windows WHERE track = ?", (track,)).fetchone() is not None
+        return next(self._ask("SELECT 1 FROM windows WHERE track = ?", (track,)), None) is not None
 
     @property
     def holds_windows(self) -> bool:
         """Whether windows are kept of any track."""
-        return self._database.execute("SELECT 1 FROM windows LIMIT 1").fetchone() is not None
+        return next(self._ask("SELECT 1 FROM windows LIMIT 1"), None) is not None
 
     # writing
 

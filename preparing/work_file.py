@@ -1,9 +1,11 @@
 """One shard of the embeddings while they are being computed: rows in place, a state per row, resumable.
 
-The file is a store (store.py) whose structure is complete from the start, followed, past HDF5's end of file,
-by one state byte per row, the run's settings and a footer. HDF5 ignores what lies past its end of file, so
-the file opens as HDF5 at any time; finishing it is writing the statistics, cutting the tail off and renaming.
-Nothing is ever moved or grown in between: a process killed at any instant loses at most its open batch.
+The file is a store (store/) whose structure is complete from the start, with one state byte per row in the data set
+/states and the run's settings in an attribute. It opens as HDF5 at any time; finishing it is writing the statistics
+and renaming. Nothing is ever moved or grown in between: a process killed at any instant loses at most its open batch.
+
+Older versions kept states, settings and a footer past HDF5's end of file; such a shard goes on, and finishing it also
+cuts that tail off.
 """
 
 import json
@@ -17,13 +19,26 @@ import numpy as np
 from common.errors import UserError
 from common.files import publish, replacing
 from preparing.differences import differences
-from store.reading import SPLITS, Split, StoreHeader, read_blocks, read_header, read_split, vector_block
+from store.reading import (
+    SPLITS,
+    STATES,
+    Split,
+    StoreHeader,
+    read_blocks,
+    read_header,
+    read_settings,
+    read_split,
+    vector_block,
+)
 from store.writing import create_store
 
 TODO, DONE = 0, 1
 REASONS = {2: "missing", 3: "unreadable", 4: "too short", 5: "not finite"}
 STATE_OF_REASON = {reason: state for state, reason in REASONS.items()}
 
+# A state as it is stored: itself in the low half of the byte, its complement in the high half, but 0 for "to do". No
+# flipped bit turns one into another, above all not a row to do into one that is done.
+_CODES = np.array([TODO, *(state | (15 - state) << 4 for state in (DONE, *REASONS))], np.uint8)
 _FOOTER = struct.Struct("<8sQQ")  # magic, bytes of the HDF5 part, bytes of the settings
 _MAGIC = b"WORKFILE"
 
@@ -49,13 +64,20 @@ class WorkFile:
         self.header = read_header(path)
         self.blocks = read_blocks(path)
         self.splits = {name: read_split(path, name) for name in SPLITS}
-        hdf5_bytes, settings_bytes = _footer(path)
         sizes = [len(self.splits[name].audio_id) for name in SPLITS]
         self._first_row = dict(zip(SPLITS, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
-        self._hdf5_bytes = hdf5_bytes
+        settings, self._hdf5_bytes = read_settings(path), None
+        if settings is None:
+            settings, self._hdf5_bytes = _read_tail(path, sum(sizes))
+        self.settings = settings
+        self._states_at = self.blocks[STATES].offset if STATES in self.blocks else self._hdf5_bytes or 0
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by `close`
-        self.states = np.frombuffer(self._read(hdf5_bytes, sum(sizes)), np.uint8).copy()
-        self.settings = json.loads(self._read(hdf5_bytes + sum(sizes), settings_bytes))
+        stored = np.frombuffer(os.pread(self._file.fileno(), sum(sizes), self._states_at), np.uint8)
+        self._codes = _CODES if self._hdf5_bytes is None else np.arange(len(_CODES), dtype=np.uint8)
+        if len(stored) != sum(sizes) or not np.isin(stored, self._codes).all():
+            self.close()
+            raise UserError(f"{path}: expected a state for each row, found damaged ones; remove the file and run again")
+        self.states = (stored[:, None] == self._codes).argmax(axis=1).astype(np.uint8)
 
     @classmethod
     def create(
@@ -71,16 +93,8 @@ class WorkFile:
         `settings` is what a later run must agree with; `skipped` names recordings known to be unusable.
         """
         with replacing(path) as beside:
-            create_store(beside, header, splits, skipped)
-            rows = sum(len(split.audio_id) for split in splits.values())
-            text = json.dumps(settings).encode()
-            footer = _FOOTER.pack(_MAGIC, beside.stat().st_size, len(text))
-            with open(beside, "ab") as file:
-                file.write(bytes(rows) + text + footer)
+            create_store(beside, header, splits, skipped, settings)
         return cls(path)
-
-    def _read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data).cast("B")
@@ -101,7 +115,7 @@ class WorkFile:
         block = self.blocks[vector_block(split, encoder)]
         if stored.shape != block.shape[1:]:
             raise ValueError(f"expected a vector of shape {block.shape[1:]}, found {stored.shape}")
-        self._write(stored, block.offset + row * block.row_bytes)
+        self._write(stored.data, block.offset + row * block.row_bytes)
         return True
 
     def commit(self, rows: Iterable[tuple[str, int, int]]) -> None:
@@ -110,13 +124,14 @@ class WorkFile:
         for split, row, state in rows:
             index = self._first_row[split] + row
             self.states[index] = state
-            self._write(bytes([state]), self._hdf5_bytes + index)
+            self._write(self._codes[state : state + 1].tobytes(), self._states_at + index)
         os.fsync(self._file.fileno())
 
     def finish_in_place(self, target: Path) -> None:
-        """Cut the states off and give the file its final name; the statistics must have been written."""
+        """Give the file its final name; the statistics must have been written."""
         os.fsync(self._file.fileno())
-        os.ftruncate(self._file.fileno(), self._hdf5_bytes)
+        if self._hdf5_bytes is not None:
+            os.ftruncate(self._file.fileno(), self._hdf5_bytes)
         self.close()
         publish(self.path, target)
 
@@ -125,18 +140,26 @@ class WorkFile:
         self._file.close()
 
 
-def _footer(path: Path) -> tuple[int, int]:
+def _read_tail(path: Path, rows: int) -> tuple[dict, int]:
+    """The settings and the bytes of the HDF5 part of an older version's work file, whose tail holds `rows` states."""
+    damaged = UserError(f"{path}: expected a work file, found its end missing; remove the file and run again")
     with open(path, "rb") as file:
-        file.seek(-_FOOTER.size, os.SEEK_END)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - _FOOTER.size)
         magic, hdf5_bytes, settings_bytes = _FOOTER.unpack(file.read())
-    if magic != _MAGIC:
-        raise UserError(f"{path}: expected a work file, found its end missing; remove the file and run again")
-    return hdf5_bytes, settings_bytes
+        if magic != _MAGIC or hdf5_bytes + rows + settings_bytes + _FOOTER.size != size:
+            raise damaged
+        file.seek(hdf5_bytes + rows)
+        try:
+            return json.loads(file.read(settings_bytes)), hdf5_bytes
+        except ValueError as error:
+            raise damaged from error
 
 
 def tail_is_cut(path: Path) -> bool:
-    """True where `finish_in_place` was killed between its cut and its rename: only the name is missing."""
-    read_blocks(path)  # a damaged file raises UserError here
+    """True where an older version's `finish_in_place` was killed between its cut and its rename."""
+    if STATES in read_blocks(path):  # a damaged file raises UserError here
+        return False
     with open(path, "rb") as file:
         file.seek(-_FOOTER.size, os.SEEK_END)
         return not file.read().startswith(_MAGIC)

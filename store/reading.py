@@ -11,20 +11,28 @@ through h5py.
     /{train,val,test}/caption_audio              (C,)  int64, the row of the caption's recording
     /statistics/{encoder}/{mean,std}             (D,)  float32, over the train recordings
     /skipped/{audio_id,reason}                   (S,)  str
+    /states                                      (rows,) uint8, and the attribute settings: only in a file that began
+                                                 as a work file (preparing/work_file.py); readers ignore them
+
+An HDF5 user block of 4,096 bytes before it all holds the checksum of what never changes (checksum.py).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import h5py
 import numpy as np
 
 from common.errors import UserError
+from store.checksum import check_undamaged
 
 FORMAT = "text-audio-embeddings"
 VERSION = 1
+STATES = "states"  # the data set of a work file
+Result = TypeVar("Result")
 SPLITS = ("train", "val", "test")
 
 
@@ -110,8 +118,12 @@ def statistics_block(encoder: str, which: str) -> str:
 
 def read_header(path: str | Path) -> StoreHeader:
     """Read the root attributes; raises `UserError` where the file is no store or is cut off."""
-    with _open(path) as file:
-        return _header(path, file)
+    return _read(path, lambda file: _header(path, file))
+
+
+def read_settings(path: str | Path) -> dict | None:
+    """What a work file says of the run that made it; None for another file."""
+    return _read(path, lambda file: json.loads(file.attrs["settings"]) if "settings" in file.attrs else None)
 
 
 def _header(path: str | Path, file: h5py.File) -> StoreHeader:
@@ -130,40 +142,62 @@ def _header(path: str | Path, file: h5py.File) -> StoreHeader:
     )
 
 
-def _open(path: str | Path) -> h5py.File:
-    if not Path(path).is_file():
+def _read(path: str | Path, take: Callable[[h5py.File], Result]) -> Result:
+    """What `take` reads from an open store; `UserError` for a file that is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such file; expected a store written by prepare_dataset.py")
+
+    def read() -> Result:
+        with h5py.File(path, "r") as file:
+            return take(file)
+
     try:
-        return h5py.File(path, "r")
+        check_undamaged(path, read)
+        return read()
     except OSError as error:
         raise UserError(f"{path}: expected an HDF5 store, found a file HDF5 cannot open ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]  # what h5py makes of damage that HDF5 does not notice
+        raise UserError(f"{path}: expected a store of prepare_dataset.py, found a damaged one ({reason})") from error
 
 
 def read_blocks(path: str | Path) -> dict[str, Block]:
-    """Return where every vector and statistics data set lies in the file."""
-    with _open(path) as file:
-        header = _header(path, file)
-        names = [vector_block(split, encoder) for split in SPLITS for encoder in header.encoders]
-        names += [statistics_block(encoder, which) for encoder in header.encoders for which in ("mean", "std")]
-        blocks = {}
-        for name in names:
-            if name not in file:
-                raise UserError(f"{path}: expected the data set /{name}, it is not there")
-            dataset = file[name]
-            if dataset.chunks is not None:
-                raise UserError(f"{path}: expected /{name} to be contiguous, found chunks of {dataset.chunks}")
-            blocks[name] = Block(dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
-        return blocks
+    """Return where every vector and statistics data set lies in the file, and the states of a work file."""
+    blocks = _read(path, lambda file: blocks_of(path, file))
+    end = max(block.offset + block.row_bytes * block.shape[0] for block in blocks.values())
+    if end > Path(path).stat().st_size:
+        raise UserError(f"{path}: expected {end:,} bytes, found {Path(path).stat().st_size:,}: truncated or damaged")
+    return blocks
+
+
+def blocks_of(path: str | Path, file: h5py.File) -> dict[str, Block]:
+    """As `read_blocks`, of an open file; `path` is for messages."""
+    header = _header(path, file)
+    names = [vector_block(split, encoder) for split in SPLITS for encoder in header.encoders]
+    names += [statistics_block(encoder, which) for encoder in header.encoders for which in ("mean", "std")]
+    names += [STATES] if STATES in file else []
+    blocks = {}
+    for name in names:
+        if name not in file:
+            raise UserError(f"{path}: expected the data set /{name}, it is not there")
+        dataset = file[name]
+        if dataset.chunks is not None:
+            raise UserError(f"{path}: expected /{name} to be contiguous, found chunks of {dataset.chunks}")
+        blocks[name] = Block(dataset.id.get_offset() or 0, dataset.shape, dataset.dtype)
+    return blocks
 
 
 def read_split(path: str | Path, name: str) -> Split:
     """Read the strings of one split."""
-    with _open(path) as file:
+    columns = ("audio_id", "source_id", "caption", "caption_kind")
+
+    def take(file: h5py.File) -> Split:
         group = file[name]
-        text = {
-            column: group[column].asstr()[:].tolist() for column in ("audio_id", "source_id", "caption", "caption_kind")
-        }
+        text = {column: group[column].asstr()[:].tolist() for column in columns}
         return Split(caption_audio=group["caption_audio"][:], **text)
+
+    return _read(path, take)
 
 
 class EmbeddingStore:
@@ -209,6 +243,9 @@ class EmbeddingStore:
 
     def skipped(self) -> list[tuple[str, str]]:
         """(audio id, reason) of every recording that is not in the file."""
-        with _open(self.path) as file:
-            columns = [file[f"skipped/{column}"].asstr()[:].tolist() for column in ("audio_id", "reason")]
-        return list(zip(*columns, strict=True))
+
+        def take(file: h5py.File) -> list[tuple[str, str]]:
+            ids, reasons = (file[f"skipped/{column}"].asstr()[:].tolist() for column in ("audio_id", "reason"))
+            return list(zip(ids, reasons, strict=True))
+
+        return _read(self.path, take)

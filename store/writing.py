@@ -11,14 +11,16 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replacing, require_space
+from store.checksum import BLOCK_BYTES, write_checksum
 from store.reading import (
     FORMAT,
     SPLITS,
+    STATES,
     VERSION,
     Block,
     Split,
     StoreHeader,
-    read_blocks,
+    blocks_of,
     statistics_block,
     vector_block,
 )
@@ -33,16 +35,25 @@ def create_store(
     header: StoreHeader,
     splits: dict[str, Split],
     skipped: Iterable[tuple[str, str]] = (),
+    settings: dict | None = None,
 ) -> dict[str, Block]:
     """Write everything but the vectors and statistics, reserve their space, and return where they lie.
 
     After this the HDF5 structure never changes: rows are written in place, so that a process killed at any
-    instant leaves a readable file. Raises `UserError` where the disk is too full.
+    instant leaves a readable file. HDF5's own metadata has checksums too (file format of HDF5 1.10).
+
+    settings: what a work file keeps of its run; it then has a state per row, 0 at first.
+    Raises `UserError` where the disk is too full.
     """
     path = Path(path)
     require_space(path.parent, store_bytes(header, splits), path.name)
-    with h5py.File(path, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT) as file:
+    layout = {"alignment_threshold": 1, "alignment_interval": _ALIGNMENT, "userblock_size": BLOCK_BYTES}
+    with h5py.File(path, "w", libver=("v110", "v110"), **layout) as file:
         _write_attributes(file, header)
+        if settings is not None:
+            file.attrs["settings"] = json.dumps(settings)
+            rows = sum(len(split.audio_id) for split in splits.values())
+            file.create_dataset(STATES, data=np.zeros(rows, np.uint8))
         for name in SPLITS:
             _create_split(file, name, splits[name], header)
         for encoder, entry in header.encoders.items():
@@ -57,7 +68,10 @@ def create_store(
         except OSError as error:
             raise UserError(f"{path}: could not reserve its space on disk: {error.strerror}") from error
         os.fsync(file.fileno())
-    return read_blocks(path)
+    with h5py.File(path, "r") as stored:
+        blocks = blocks_of(path, stored)
+    write_checksum(path, [(block.offset, block.row_bytes * block.shape[0]) for block in blocks.values()])
+    return blocks
 
 
 def _write_attributes(file: h5py.File, header: StoreHeader) -> None:
@@ -104,7 +118,7 @@ def store_bytes(header: StoreHeader, splits: dict[str, Split]) -> int:
     )
     captions = sum(len(split.caption) for split in splits.values())
     statistics = sum(2 * 4 * entry["dim"] for entry in header.encoders.values())
-    return rows * header.row_bytes + statistics + strings + 8 * captions + 128 * 1024
+    return rows * (header.row_bytes + 1) + statistics + strings + 8 * captions + 128 * 1024
 
 
 def row_chunks(vectors: np.ndarray, rows: int = _CHUNK_ROWS) -> Iterator[np.ndarray]:

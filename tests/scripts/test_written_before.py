@@ -1,6 +1,7 @@
 """Files written by commit 1a63506 still load, go on and answer; see tests/data/written_by_1a63506/README.md."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import search
 import train
 from helpers.small_library import write_track
 from helpers.small_musicbench import SmallMusicBench
+from preparing.work_file import tail_is_cut
 from store.reading import SPLITS, EmbeddingStore
 from store.verifying import faults
 
@@ -99,6 +101,14 @@ def test_a_half_done_shard_goes_on():
             assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     for encoder, rows in done.items():
         np.testing.assert_array_equal(finished.vectors("train", encoder)[:DONE_ROWS], rows)
+
+
+def test_a_shard_killed_between_its_cut_and_its_rename_is_known():
+    """As that version left it: done, its tail cut off, and not yet renamed."""
+    half = Path("half/embeddings.shard-0-of-1.h5")
+    assert not tail_is_cut(half)
+    os.truncate(half, os.path.getsize(STORE))
+    assert tail_is_cut(half)
 
 
 def answers(capsys, encoder, *flags):
