@@ -25,7 +25,9 @@ _OTHER_KINDS = {  # without sound, or locked
     ".mid", ".midi", ".kar", ".xm", ".s3m", ".sid", ".nsf", ".aa", ".aax", ".m4p", ".cda",
 }
 # fmt: on
-KINDS = _LIBSNDFILE_KINDS | _FFMPEG_KINDS | _OTHER_KINDS
+READABLE_KINDS = _LIBSNDFILE_KINDS | _FFMPEG_KINDS
+"""Suffixes of the files that can be read, with ffmpeg at the latest."""
+KINDS = READABLE_KINDS | _OTHER_KINDS
 """Suffixes of the files that are looked at; what is in them decides how they are read."""
 NEEDS_FFMPEG, NOT_READ = "a kind that ffmpeg reads, which is not installed", "a kind that is not read"
 """Why whole kinds of files are left out: too many to name each."""

@@ -44,6 +44,9 @@ MEDIA_TYPES = {
     ".aac": "audio/aac", ".wma": "audio/x-ms-wma", ".aif": "audio/aiff", ".aiff": "audio/aiff", ".aifc": "audio/aiff",
     ".au": "audio/basic", ".snd": "audio/basic", ".mka": "audio/matroska", ".weba": "audio/webm",
     ".wv": "audio/x-wavpack", ".ape": "audio/x-ape", ".w64": "audio/x-w64", ".caf": "audio/x-caf",
+    ".wave": "audio/wav", ".rf64": "audio/wav", ".m4r": "audio/mp4", ".webm": "audio/webm", ".spx": "audio/ogg",
+    ".ac3": "audio/ac3", ".eac3": "audio/eac3", ".dts": "audio/vnd.dts", ".amr": "audio/amr", ".tta": "audio/x-tta",
+    ".tak": "audio/x-tak", ".mpc": "audio/x-musepack", ".dsf": "audio/x-dsf", ".dff": "audio/x-dff",
 }  # fmt: skip
 PAGE = Path(__file__).with_name("search_page.html")
 GONE = "the track's file is no longer where it was indexed"

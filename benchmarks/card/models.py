@@ -28,6 +28,7 @@ COPIES = 10  # recordings of one source
 def write_encoders(folder: Path, small: bool) -> None:
     """Checkpoints of the three encoders in the published formats: of published size, or tiny."""
     torch.manual_seed(0)
+    folder.mkdir(parents=True)
     if small:
         tiny.main(["--out", str(folder)])
         return

@@ -100,8 +100,6 @@ def measure_steps(chosen: dict[str, TrainingConfig], ceiling: float, rounds: int
         }
         if name == "default":
             found |= measure_answers(run, device)
-        for space in run.spaces:
-            space.writer.close()
         del run, steps
         forget(device)
         shape = Shape.of(EmbeddingStore(config.data_path), config.audio_encoders)
