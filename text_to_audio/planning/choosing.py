@@ -1,4 +1,4 @@
-"""What `auto` means for a run: whether its layers are compiled, and of how many the activations are recomputed."""
+"""What `auto` means for a run: pooling, whether its layers are compiled, how many are recomputed."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from store.reading import EmbeddingStore
 from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.batches import batches_per_epoch
 from text_to_audio.model.forward_pass import compiles_by_layer, layers_of
+from text_to_audio.model.pretrained import resolved_pooling
 from text_to_audio.planning.footprint import Shape, TakeStep, footprint, text_encoder_on_meta
 
 # The CUDA context with its kernels (0.3 to 0.6 GiB by driver and card), cuBLAS's workspaces (8 MiB, 32 on Hopper), and
@@ -30,6 +31,8 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
     """
     if before is not None:
         _as_before(config, before)
+    else:
+        config.pooling = resolved_pooling(config)
     on_cuda = config.torch_device.type == "cuda"
     if config.compile == "auto" and not on_cuda:
         config.compile = "off"
@@ -51,6 +54,7 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
 
 def _as_before(config: TrainingConfig, before: TrainingConfig) -> None:
     """Take what the run chose when it began. One from before there was a choice was not compiled."""
+    config.pooling = before.pooling
     if config.compile == "auto":
         config.compile = "off" if before.compile == "auto" else before.compile
     if before.gradient_checkpointing == "auto" and before.memory_gb == config.memory_gb:

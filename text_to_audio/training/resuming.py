@@ -165,10 +165,12 @@ def _read(path: Path) -> Checkpoint:
 
 def _check_settings(found: Checkpoint, config: TrainingConfig) -> None:
     before = found.config
+    left_open = {"pooling"} if config.pooling == "auto" else set[str]()  # then it is what it was
     other = [
         f"{each.name} was {getattr(before, each.name)!r} and is {getattr(config, each.name)!r}"
         for each in fields(config)
-        if each.name not in MAY_CHANGE | MEASURED and getattr(before, each.name) != getattr(config, each.name)
+        if each.name not in MAY_CHANGE | MEASURED | left_open
+        and getattr(before, each.name) != getattr(config, each.name)
     ]
     if other:
         raise UserError(f"{found.path}: cannot go on with other settings: {'; '.join(other)}")
