@@ -32,6 +32,7 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
     if before is not None:
         _as_before(config, before)
     else:
+        EmbeddingStore(config.data_path)  # one that is not there is said before the hub is asked for anything
         config.pooling = resolved_pooling(config)
     on_cuda = config.torch_device.type == "cuda"
     if config.compile == "auto" and not on_cuda:
