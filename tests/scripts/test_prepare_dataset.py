@@ -127,7 +127,7 @@ def test_tf32_is_stored_as_float32_and_is_not_float32(prepare, tmp_path):
     store = EmbeddingStore("out/embeddings.h5")
     assert store.header.dtype == "float32"
     assert {entry["precision"] for entry in store.encoders.values()} == {"tf32"}
-    with pytest.raises(UserError, match="muq precision: .tf32. there"):
+    with pytest.raises(UserError, match=r"muq precision: .tf32. there"):
         prepare(data)
     prepare(data, "--overwrite")
     assert not any("precision" in entry for entry in EmbeddingStore("out/embeddings.h5").encoders.values())
