@@ -1,4 +1,4 @@
-"""embeddings.h5: its layout and how it is read; `store_writing.py` is the other half.
+"""embeddings.h5: its layout and how it is read; `writing.py` is the other half.
 
 One row per recording, captions point at their row. Vectors are contiguous and uncompressed, so a reader
 maps them straight from the file: `numpy.memmap` at the data set's offset, several times faster than indexing

@@ -4,6 +4,7 @@ import csv
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,11 @@ import torch
 
 import prepare_dataset
 from benchmarks.card.timing import forget, peak_gib, seconds_of
-from embedding_models import MertModel, MuQEmbeddingModel, MusicLatentSpaceModel
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.precision import PRECISIONS
+from examples.make_tiny_models import FOLDERS, encoder_spec
 
 CLIP_SECONDS = 10
-PRECISIONS = ("float32", "tf32", "float16")
-
-
-def load(name: str, folder: Path, device: str, precision: str) -> AudioEmbeddingModel:
-    """One of the three encoders from a folder of `models.write_encoders`."""
-    options = {"device": device, "precision": precision}
-    if name == "muq":
-        return MuQEmbeddingModel(folder / "muq_mulan", folder / "muq_large", **options)
-    if name == "mert":
-        return MertModel(folder / "mert", **options)
-    return MusicLatentSpaceModel(folder / "music2latent", **options)
 
 
 def noise(encoder: AudioEmbeddingModel, clips: int) -> torch.Tensor:
@@ -40,14 +31,14 @@ def noise(encoder: AudioEmbeddingModel, clips: int) -> torch.Tensor:
 
 def measure_encoders(folder: Path, device: torch.device, batch_size: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Each encoder in each precision: clips/s, peak GiB, largest difference to the CPU / largest value, cosine."""
-    for name in ("muq", "mert", "latent"):
+    for name in FOLDERS:
         reference = None
         for precision in PRECISIONS:
             forget(device)
-            encoder = load(name, folder, str(device), precision)
+            encoder = replace(encoder_spec(folder, name, str(device)), precision=precision).load()
             clips = noise(encoder, batch_size)
             if reference is None:
-                reference = load(name, folder, "cpu", "float32").embed_windows(clips[:2])
+                reference = encoder_spec(folder, name, "cpu").load().embed_windows(clips[:2])
             vectors = encoder.embed_windows(clips[:2])
             seconds = seconds_of(lambda encoder=encoder, clips=clips: encoder.embed_windows(clips), device, 3, 2)
             yield (

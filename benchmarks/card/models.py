@@ -7,10 +7,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import HubertConfig, Qwen3Config
+from transformers import Qwen3Config
 
-from benchmarks.preparing.full_size import MERT_SHAPE, MULAN_CONFIG, MUQ_CONFIG, QWEN3_SHAPE
+from benchmarks.preparing.full_size import QWEN3_SHAPE, write_encoder
 from benchmarks.training.captions import random_captions
+from embedding_models.registry import ENCODERS
 from examples import make_tiny_models as tiny
 from store.reading import Split, StoreHeader, statistics_block, vector_block
 from store.writing import create_store, row_chunks
@@ -19,7 +20,7 @@ from text_to_audio.model import text_encoder as text_encoder_module
 from text_to_audio.model.pretrained import Pretrained, without_weights
 
 LAYERS = 36
-DIMS = {"muq": 1536, "mert": 76_800, "latent": 576}
+DIMS = {name: ENCODERS[name].dim for name in tiny.FOLDERS}
 CAPTIONS = {"train": 4096, "val": 1056, "test": 64}
 RECORDINGS = {"train": 47_488, "val": 528, "test": 32}
 COPIES = 10  # recordings of one source
@@ -27,14 +28,12 @@ COPIES = 10  # recordings of one source
 
 def write_encoders(folder: Path, small: bool) -> None:
     """Checkpoints of the three encoders in the published formats: of published size, or tiny."""
-    torch.manual_seed(0)
     folder.mkdir(parents=True)
     if small:
         tiny.main(["--out", str(folder)])
         return
-    tiny.write_muq(folder, MUQ_CONFIG, MULAN_CONFIG)
-    tiny.write_mert(folder, HubertConfig(**MERT_SHAPE))
-    tiny.write_music2latent(folder, {})
+    for name in tiny.FOLDERS:
+        write_encoder(name, folder)
 
 
 def write_text_model(folder: Path, small: bool) -> Path:

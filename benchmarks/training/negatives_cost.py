@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder is the path
 import train
 from benchmarks.own_process import in_own_process, peak_growth
+from benchmarks.training.captions import WORDS
 from common.errors import run_script
 from examples.make_tiny_models import QWEN3_SHAPE, write_qwen3
 from store.reading import Split, StoreHeader
@@ -38,11 +39,6 @@ SETTINGS = {  # name: audio negatives, text negatives
     "bank": ("bank", "micro"),
 }
 AGAINST = {"batch": "micro", "cached": "batch", "bank": "batch"}
-WORDS = (
-    *("calm", "happy", "slow", "fast", "soft", "bright"),
-    *("piano", "guitar", "drum", "bass", "strings", "voice"),
-    *("song", "with", "and", "a", "the", "under", "line"),
-)
 
 
 def write_parts(folder: Path, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The two trained parts: a text encoder with LoRA, and the head that takes its embedding into an audio space."""
+"""The text encoder: a frozen pretrained model with LoRA, texts to sentence embeddings."""
 
 import warnings
 

@@ -82,7 +82,7 @@ def prepare(
 ) -> Run:
     """Open the store, load the models, and cache the tokens. Faults in the store come up before any download.
 
-    The run stands at its beginning; `run_state.restore` takes it to where the checkpoint `resumed` left it.
+    The run stands at its beginning; `saved_state.restore` takes it to where the checkpoint `resumed` left it.
     """
     store = open_store(config)
     if resumed:
