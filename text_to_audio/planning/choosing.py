@@ -29,10 +29,10 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
     take_step: the run's own step. before: the config of the run that is gone on with, which has chosen already. Raises
     `UserError` for a store or a text model that is not there.
     """
+    store = EmbeddingStore(config.data_path)  # one that is not there is said before the hub is asked for anything
     if before is not None:
         _as_before(config, before)
     else:
-        EmbeddingStore(config.data_path)  # one that is not there is said before the hub is asked for anything
         config.pooling = resolved_pooling(config)
     on_cuda = config.torch_device.type == "cuda"
     if config.compile == "auto" and not on_cuda:
@@ -42,7 +42,7 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
         config.recomputed_layers, layers_open = 0, False
     if not layers_open and config.compile != "auto":
         return
-    shape = Shape.of(EmbeddingStore(config.data_path), config.audio_encoders)
+    shape = Shape.of(store, config.audio_encoders)
     backbone = text_encoder_on_meta(config).model.get_base_model()
     if config.compile == "auto":
         steps = config.epochs * batches_per_epoch(shape.caption_source, config.effective_batch_size)
