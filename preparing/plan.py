@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.device import choose_device
-from embedding_models.costs import matmul_tflops
+from common.speed import matmul_tflops
 from embedding_models.precision import stored_type
 from embedding_models.registry import ENCODERS, model_flag
 from preparing.musicbench import PUBLISHED_ROWS, download_sizes
