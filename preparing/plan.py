@@ -3,12 +3,12 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 
+from common.plan_lines import named
 from embedding_models.pace import Device
 from embedding_models.registry import ENCODERS, model_flag
 from preparing.musicbench import download_sizes
 from preparing.opening import open_dataset
-from preparing.resources import disk_lines, named, paces, published_windows, time_lines, windows_of
-
+from preparing.resources import disk_lines, paces, published_windows, time_lines, windows_of
 
 Later = Callable[[Mapping[str, int]], Mapping[str, int]]
 

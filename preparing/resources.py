@@ -1,14 +1,13 @@
 """What a run of prepare_dataset.py will take of time and disk: the lines of its plan that are sums."""
 
 import argparse
-import shutil
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.plan_lines import busy_note, free_bytes, gigabytes, named
 from embedding_models.lengths import Lengths, estimate_lengths
 from embedding_models.pace import Device, Pace, decoding_of_a_clip, pace_of, together
 from embedding_models.precision import stored_type
@@ -20,7 +19,6 @@ from preparing.recordings import Dataset
 # Clips a second of prepare_dataset.py from end to end with all three default encoders, on 400 clips, before they were
 # made faster (docs/measurements.md, "On a GPU")
 H100_END_TO_END = {"float32": 20, "float16": 27}
-WIDTH = 118
 
 
 def windows_of(dataset: Dataset) -> Lengths:
@@ -60,19 +58,13 @@ def disk_lines(
     unknown = sum(size is None for size in downloads.values())
     most = fetched + max(2 * store, store + sum(later.values()))
     again = "as much again while shards are merged, or where recordings were skipped and the rest is copied"
-    yield from named("disk", f"store {_gb(store)} in {args.output_dir}; {again}")
+    yield from named("disk", f"store {gigabytes(store)} in {args.output_dir}; {again}")
     for what, size in later.items():
-        yield from named("", f"later, for training: {what} {_gb(size)}")
+        yield from named("", f"later, for training: {what} {gigabytes(size)}")
     missing = f" and {unknown} downloads of unknown size" if unknown else ""
-    free = _gb(free_bytes(Path(args.output_dir)))
-    fetched_too = f"with downloads ({_gb(fetched)}){missing}"
-    yield from named("", f"at most {_gb(most)} {fetched_too}; where the store goes {free} are free")
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes where a folder is, or will be made."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+    free = gigabytes(free_bytes(Path(args.output_dir)))
+    fetched_too = f"with downloads ({gigabytes(fetched)}){missing}"
+    yield from named("", f"at most {gigabytes(most)} {fetched_too}; where the store goes {free} are free")
 
 
 def time_lines(
@@ -87,7 +79,7 @@ def time_lines(
     yield from named("time", f"about {hours:,.2f} h in one process on {device} for {windows}")
     for name, pace in found.items():
         yield from named("", f"{name} {pace.seconds:.3g} s a window ({pace.origin})")
-    yield from named("", f"decoding {decoding:.2g} s a window in each of {args.num_workers} threads")
+    yield from named("", f"decoding {decoding:.2g} s a window in each of {args.num_workers} threads{busy_note()}")
     if device.type == "cuda" and any("arithmetic" in pace.origin for pace in found.values()):
         yield from named("", "the arithmetic is from times measured on a CPU, so rough for a GPU")
     yield from named("on a GPU", _timed_on_card(args, [ENCODERS[name] for name in found], lengths))
@@ -106,16 +98,6 @@ def _timed_on_card(args: argparse.Namespace, encoders: Sequence[Encoder], length
     text += f"; {', '.join(missing)} not timed)" if missing else ")"
     if set(rates) == set(DEFAULTS) and args.dtype in H100_END_TO_END:
         rate = H100_END_TO_END[args.dtype]
-        text += f"; from end to end it made {rate} clips/s there before two of them were made faster, "
-        text += f"{lengths.windows / rate / 3600:,.2f} h"
+        hours = lengths.windows / rate / 3600
+        text += f"; from end to end it made {rate} clips/s there in an earlier version, by which {hours:,.2f} h"
     return text
-
-
-def named(name: str, text: str) -> list[str]:
-    """A line of the plan, or several."""
-    rows = textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False)
-    return [f"{name if not number else '':<12}{row}" for number, row in enumerate(rows)]
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
