@@ -49,16 +49,16 @@ class Device:
 def by_arithmetic(spec: EncoderSpec, device: Device) -> Pace:
     """What an encoder would take at the published size, by its cost in the registry and the device's speed."""
     cost = f"{spec.encoder.tflop:g} TFLOP a window at the published size"
-    origin = f"arithmetic: {cost}, {device.tflops:.2f} TFLOP/s of matrix products just now"
+    origin = f"not here, so by arithmetic: {cost}, {device.tflops:.2f} TFLOP/s of matrix products just now"
     return Pace(spec.encoder.tflop / device.tflops, origin, spec.encoder.dim)
 
 
-def pace_of(spec: EncoderSpec, batch_size: int, device: Device) -> Pace:
+def pace_of(spec: EncoderSpec, batch_size: int, device: Device, seconds: float = TIMED_SECONDS) -> Pace:
     """An encoder's own, without decoding. `UserError` where what is here of it is no such model."""
     if not spec.is_here:
         return by_arithmetic(spec, device)
     encoder = spec.load()
-    return Pace(time_windows(encoder, batch_size), "timed just now", encoder.dim)
+    return Pace(time_windows(encoder, batch_size, seconds), "timed just now", encoder.dim)
 
 
 def time_windows(encoder: AudioEmbeddingModel, batch_size: int, seconds: float = TIMED_SECONDS) -> float:

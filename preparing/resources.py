@@ -9,7 +9,7 @@ import torch
 
 from common.plan_lines import busy_note, free_bytes, gigabytes, named
 from embedding_models.lengths import Lengths, estimate_lengths
-from embedding_models.pace import Device, Pace, decoding_of_a_clip, pace_of, together
+from embedding_models.pace import TIMED_SECONDS, Device, Pace, decoding_of_a_clip, pace_of, together
 from embedding_models.precision import stored_type
 from embedding_models.registry import DEFAULTS, ENCODERS, H100, Encoder, model_flag, spec_from_flags
 from preparing.clips import FileClips
@@ -40,9 +40,10 @@ def published_windows(val_fraction: float, limit: int | None) -> Lengths:
 
 
 def paces(args: argparse.Namespace, encoders: Sequence[Encoder], device: Device) -> dict[str, Pace]:
-    """What each encoder takes; `UserError` where a folder that is named holds no such model."""
+    """What each encoder takes, timed for two seconds in all; `UserError` where a folder holds no such model."""
     specs = [spec_from_flags(args, encoder, args.device, args.dtype) for encoder in encoders]
-    return {spec.encoder.name: pace_of(spec, args.batch_size, device) for spec in specs}
+    seconds = TIMED_SECONDS / len(specs)
+    return {spec.encoder.name: pace_of(spec, args.batch_size, device, seconds) for spec in specs}
 
 
 def disk_lines(
@@ -63,8 +64,8 @@ def disk_lines(
         yield from named("", f"later, for training: {what} {gigabytes(size)}")
     missing = f" and {unknown} downloads of unknown size" if unknown else ""
     free = gigabytes(free_bytes(Path(args.output_dir)))
-    fetched_too = f"with downloads ({gigabytes(fetched)}){missing}"
-    yield from named("", f"at most {gigabytes(most)} {fetched_too}; where the store goes {free} are free")
+    fetched_too = f" with downloads ({gigabytes(fetched)}){missing}" if downloads else ""
+    yield from named("", f"at most {gigabytes(most)}{fetched_too}; where the store goes {free} are free")
 
 
 def time_lines(
@@ -80,7 +81,7 @@ def time_lines(
     for name, pace in found.items():
         yield from named("", f"{name} {pace.seconds:.3g} s a window ({pace.origin})")
     yield from named("", f"decoding {decoding:.2g} s a window in each of {args.num_workers} threads{busy_note()}")
-    if device.type == "cuda" and any("arithmetic" in pace.origin for pace in found.values()):
+    if device.type == "cuda" and any("by arithmetic" in pace.origin for pace in found.values()):
         yield from named("", "the arithmetic is from times measured on a CPU, so rough for a GPU")
     yield from named("on a GPU", _timed_on_card(args, [ENCODERS[name] for name in found], lengths))
 

@@ -315,7 +315,7 @@ def test_a_plan_without_a_store_counts_what_is_published(qwen3, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     said = musicbench_plan(capsys, "--text-model", qwen3, "--device", "cpu", "--batch-size", "4", "--plan")
     assert "94,982 captions of 47,491 recordings (no data/musicbench_embeddings/embeddings.h5 yet: MusicBench's" in said
-    assert "steps 59,360 in 20 epochs" in said  # 20 x 94,982 / 32, rounded up in each epoch
+    assert "steps 59,380 in 20 epochs" in said  # 20 x 94,982 / 32, rounded up in each epoch
     assert "tokens an epoch not known without the captions" in said
     assert re.search(r"time here at least [\d.,]+ h.*: cpu makes \d+\.\d\d TFLOP/s in fp32 products now", said)
     assert "H100" not in said.split("time here")[1]
