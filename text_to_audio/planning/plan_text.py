@@ -14,6 +14,8 @@ def plan_text(plan: Plan, tflops: float | None = None) -> str:
     """The plan as aligned lines. tflops: 10^12 operations a second of this device's matrix products, where measured."""
     lines = [*_run_lines(plan), ("", ""), *_memory_lines(plan), ("", "")]
     lines += [(f"fits {card:g} GB", _proposal(plan, card)) for card in plan.proposals]
+    if not plan.card and plan.config.torch_device.type == "cpu":
+        lines.append(("", "all in this device's arithmetic; --plan-for 32GB plans for a GPU of that memory"))
     lines += [("", ""), *time_lines(plan, tflops)]
     return "\n".join(line for name, value in lines for line in _wrapped(name, value))
 
