@@ -147,7 +147,7 @@ def window_seconds(index: PlannedIndex, paths: list[Path]) -> tuple[float, torch
         timed = time_tracks(encoder, paths, index.batch_size)
     except AudioError as error:
         raise UserError(
-            f"{index.music}: none of {len(paths)} tracks that were tried can be read, such as: {error}"
+            f"{index.music}: none of the {len(paths)} tracks that were tried can be read, such as: {error}"
         ) from error
     origin = f"timed just now on {timed.tracks} of the tracks"
     return timed.seconds / _devices(index, device.torch), device.torch, origin

@@ -30,16 +30,16 @@ def test_windows_are_those_that_are_cut(tmp_path, seconds):
 
 
 def test_the_rest_goes_with_the_bytes(tmp_path):
-    files = [write(tmp_path / f"{number}.wav", 5 + number % 3 * 10) for number in range(60)]
+    files = [write(tmp_path / f"{number}.wav", 5 + number % 4 * 10) for number in range(60)]
     files.append(write(tmp_path / "one.flac", 31))
     files += [(tmp_path / f"lost{number}.mp3", 1000) for number in range(3)]
     found = estimate_lengths(files, headers=20)
     assert (found.files, found.unknown) == (64, 3)
     assert found.looked_at < 30
-    assert found.seconds == pytest.approx(60 * 15 + 31, rel=0.1)
-    assert found.windows == pytest.approx(60 * 2 + 4, rel=0.1)
+    assert found.seconds == pytest.approx(60 * 20 + 31, rel=0.1)
+    assert found.windows == pytest.approx(150 + 4, rel=0.1)
     exact = estimate_lengths(files, headers=1000)
-    assert (exact.seconds, exact.windows) == (pytest.approx(931, abs=0.1), 124)
+    assert (exact.seconds, exact.windows) == (pytest.approx(1231, abs=0.1), 154)
     assert estimate_lengths([]).windows == 0
 
 
