@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "          python train.py --audio-encoder latent --text-model models/MiniLM --lr 1e-3 --text-lr 1e-4\n"
         "          python train.py --audio-encoder latent muq mert      (one text encoder, a head for each)\n"
         "          python train.py --audio-encoder mert --plan          (what it takes; loads no weights)\n"
-        "          python train.py --audio-encoder mert --plan-for 32GB (the same for a card that is not here)\n"
+        "          python train.py --audio-encoder mert --plan-for 32GB    (for a GPU that is not here)\n"
         "          torchrun --nproc_per_node=4 train.py --audio-encoder muq",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
