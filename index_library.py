@@ -20,7 +20,7 @@ from embedding_models.track_workers import embed_tracks
 from music_library.flags import add_library_flags
 from music_library.index_space import IndexSpace, read_head
 from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
-from music_library.plan import PlannedIndex, PlannedSpace, plan_lines
+from music_library.planning.plan import PlannedIndex, PlannedSpace, plan_lines
 from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
 from music_library.vector_files import Track, VectorFiles, vectors_folder
 from text_to_audio.config import TrainingConfig

@@ -9,7 +9,7 @@ import index_library
 from common.errors import UserError
 from examples.make_tiny_models import encoder_spec
 from helpers.small_library import base_text_model, write_checkpoint, write_music, write_track
-from music_library.plan import PlannedIndex, PlannedSpace, index_bytes, look_at
+from music_library.planning.plan import PlannedIndex, PlannedSpace, index_bytes, look_at
 
 
 @pytest.fixture(scope="module")
