@@ -6,12 +6,19 @@
 
 A row is written and flushed to disk before the catalogue names it, and no row that the catalogue names is ever
 written over: a process killed at any instant leaves whole tracks alone.
+
+SQLite has no checksums: a flipped bit in a path or in an index would be read as it is. So a writer that ends notes the
+CRC-32 of the whole catalogue in SQLite's own field for a user's number (user_version), and one that begins sets that to
+0. What was written by an older version, or by a process that was killed, has 0 there and is read without a check.
 """
 
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import astuple, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +26,9 @@ import numpy as np
 from common.errors import UserError
 
 DTYPE = np.dtype("<f2")
+# (offset, bytes) of the file's header that noting the checksum changes: SQLite's counter of changes, the checksum itself,
+# the counter once more with SQLite's version
+_NOT_COUNTED = ((24, 4), (60, 4), (92, 8))
 _SPACE_KEYS = ("space", "dim", "recipe", "encoder", "revision")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -83,16 +93,31 @@ class VectorFiles:
             raise UserError(f"{self.folder}: no plain vectors there; expected those that index_library.py keeps")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(catalogue, timeout=60)
+        self._notes_checksum = False
         try:
+            status = catalogue.stat()
+            if not _is_as_noted(catalogue, status.st_ino, status.st_size, status.st_mtime_ns) and about is not None:
+                self._require_sound()
             if about is not None:
-                self._database.executescript(_TABLES)
-                self._settle(about)
+                self._begin_writing(about)
             self.about = self._read_about()
             self.dim = int(self.about["dim"])
             self._version = self._highest_version()
         except (sqlite3.DatabaseError, KeyError, ValueError) as error:
             raise UserError(f"{catalogue}: expected a catalogue of index_library.py ({error})") from error
         self._free: dict[str, Iterator[int]] = {}
+
+    def _require_sound(self) -> None:
+        """`ValueError` where SQLite finds fault with a catalogue that has no checksum and is about to be given one."""
+        ((found,),) = self._database.execute("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise ValueError(" ".join(found.split()))
+
+    def _begin_writing(self, about: dict) -> None:
+        self._database.executescript(_TABLES)
+        self._settle(about)
+        self._database.execute("PRAGMA user_version = 0")  # so far nothing of a catalogue that was there has changed
+        self._notes_checksum = True
 
     def _settle(self, about: dict) -> None:
         """Note what the vectors are, or check that they are it."""
@@ -115,13 +140,25 @@ class VectorFiles:
         return max(self._database.execute(highest + table).fetchone()[0] or 0 for table in ("tracks", "windows"))
 
     def close(self) -> None:
-        """Close the catalogue."""
-        self._database.close()
+        """Close the catalogue; of a writer, note its checksum. `UserError` where that cannot be written."""
+        notes, self._notes_checksum = self._notes_checksum, False
+        with closing(self._database):
+            if notes:
+                self._note_checksum()
+
+    def _note_checksum(self) -> None:
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute(f"PRAGMA user_version = {_checksum(self._database)}")
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.folder / 'catalogue.sqlite'}: could not be written ({error})") from error
 
     def __enter__(self) -> "VectorFiles":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        self._notes_checksum &= not isinstance(error, sqlite3.DatabaseError)  # what is damaged is not to look whole
         self.close()
 
     # reading
@@ -131,6 +168,7 @@ class VectorFiles:
         try:
             yield from self._database.execute(query, values)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter from what SQLite says of the damage
+            self._notes_checksum = False
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.folder / 'catalogue.sqlite'}: expected a catalogue of index_library.py, found a damaged one "
@@ -253,6 +291,29 @@ class VectorFiles:
             for each in ids:
                 self._database.execute("DELETE FROM tracks WHERE id = ?", (each,))
                 self._database.execute("DELETE FROM windows WHERE track = ?", (each,))
+
+
+@lru_cache(maxsize=64)
+def _is_as_noted(path: Path, _inode: int, _size: int, _mtime_ns: int) -> bool:
+    """Whether a catalogue is as its checksum says, looked at once for a file that nobody touches; False without one.
+
+    Raises `ValueError` where it differs.
+    """
+    with closing(sqlite3.connect(path, timeout=60)) as database:
+        database.execute("BEGIN")  # so that a writer waits
+        (noted,) = database.execute("PRAGMA user_version").fetchone()
+        if noted and noted != _checksum(database):
+            raise ValueError("damaged: its checksum differs")
+    return bool(noted)
+
+
+def _checksum(database: sqlite3.Connection) -> int:
+    """The CRC-32 of a database as SQLite keeps it in user_version: signed, and not 0."""
+    content, crc, start = memoryview(database.serialize()), 0, 0
+    for offset, size in _NOT_COUNTED:
+        crc, start = zlib.crc32(content[start:offset], crc), offset + size
+    crc = zlib.crc32(content[start:], crc) or 1
+    return crc - (1 << 32) if crc >> 31 else crc
 
 
 def _count_from(number: int) -> Iterator[int]:
