@@ -26,7 +26,7 @@ import numpy as np
 from common.errors import UserError
 
 DTYPE = np.dtype("<f2")
-# (offset, bytes) of the file's header that noting the checksum changes: SQLite's counter of changes, the checksum itself,
+# (offset, bytes) in the header that noting the checksum changes: SQLite's counter of changes, the checksum itself,
 # the counter once more with SQLite's version
 _NOT_COUNTED = ((24, 4), (60, 4), (92, 8))
 _SPACE_KEYS = ("space", "dim", "recipe", "encoder", "revision")
