@@ -8,15 +8,15 @@ A row is written and flushed to disk before the catalogue names it, and no row t
 written over: a process killed at any instant leaves whole tracks alone.
 
 SQLite has no checksums: a flipped bit in a path or in an index would be read as it is. So a writer that ends notes the
-CRC-32 of the whole catalogue in SQLite's own field for a user's number (user_version), and one that begins sets that to
-0. What was written by an older version, or by a process that was killed, has 0 there and is read without a check.
+CRC-32 of the whole catalogue in SQLite's own field for a user's number (user_version), and every change sets that to 0.
+What was written by an older version, or by a process that was killed, has 0 there and is read without a check.
 """
 
 import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -96,10 +96,13 @@ class VectorFiles:
         self._notes_checksum = False
         try:
             status = catalogue.stat()
-            if not _is_as_noted(catalogue, status.st_ino, status.st_size, status.st_mtime_ns) and about is not None:
-                self._require_sound()
+            noted = _is_as_noted(catalogue, status.st_ino, status.st_size, status.st_mtime_ns)
             if about is not None:
-                self._begin_writing(about)
+                if not noted:
+                    self._require_sound()
+                self._database.executescript(_TABLES)
+                self._settle(about)
+                self._notes_checksum |= not noted
             self.about = self._read_about()
             self.dim = int(self.about["dim"])
             self._version = self._highest_version()
@@ -113,24 +116,19 @@ class VectorFiles:
         if found != "ok":
             raise ValueError(" ".join(found.split()))
 
-    def _begin_writing(self, about: dict) -> None:
-        self._database.executescript(_TABLES)
-        self._settle(about)
-        self._database.execute("PRAGMA user_version = 0")  # so far nothing of a catalogue that was there has changed
-        self._notes_checksum = True
-
     def _settle(self, about: dict) -> None:
         """Note what the vectors are, or check that they are it."""
-        with self._database:
-            found = dict(self._database.execute("SELECT key, value FROM meta"))
-            wanted = {key: str(about.get(key) or "") for key in _SPACE_KEYS}
-            for key, value in wanted.items():
-                if found and found.get(key) != value:
-                    raise UserError(
-                        f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to "
-                        f"be computed again: remove that folder, or name another with --vectors-dir"
-                    )
-            self._database.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", wanted.items())
+        found = self._read_about()
+        wanted = {key: str(about.get(key) or "") for key in _SPACE_KEYS}
+        for key, value in wanted.items():
+            if found and found.get(key) != value:
+                raise UserError(
+                    f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to "
+                    f"be computed again: remove that folder, or name another with --vectors-dir"
+                )
+        if not found:
+            with self._changing():
+                self._database.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", wanted.items())
 
     def _read_about(self) -> dict:
         return dict(self._database.execute("SELECT key, value FROM meta"))
@@ -140,7 +138,7 @@ class VectorFiles:
         return max(self._database.execute(highest + table).fetchone()[0] or 0 for table in ("tracks", "windows"))
 
     def close(self) -> None:
-        """Close the catalogue; of a writer, note its checksum. `UserError` where that cannot be written."""
+        """Close the catalogue; where it was changed, note its checksum. `UserError` where that cannot be written."""
         notes, self._notes_checksum = self._notes_checksum, False
         with closing(self._database):
             if notes:
@@ -231,6 +229,15 @@ class VectorFiles:
 
     # writing
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A transaction, with which the checksum goes; `close` notes a new one."""
+        self._notes_checksum = True
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute("PRAGMA user_version = 0")
+            yield
+
     def write(self, name: str, vectors: np.ndarray) -> list[int]:
         """Write vectors (n, dim) to free rows of "vectors" or "windows"; they count once `put` names them.
 
@@ -266,7 +273,7 @@ class VectorFiles:
         Rows that become free are used again by a later run only, when nothing can refer to them.
         """
         self._version += 1
-        with self._database:
+        with self._changing():
             values = (*astuple(track)[:-1], self._version)
             self._database.execute(f"INSERT OR REPLACE INTO tracks ({_COLUMNS}) VALUES ({_MARKS})", values)
             if windows is not None:
@@ -277,7 +284,7 @@ class VectorFiles:
     def rename(self, old: int, new: int, path: str) -> None:
         """Give a track, with its windows, another id and path."""
         self._version += 1
-        with self._database:
+        with self._changing():
             self._database.execute(
                 "UPDATE tracks SET id = ?, path = ?, version = ? WHERE id = ?", (new, path, self._version, old)
             )
@@ -287,7 +294,7 @@ class VectorFiles:
 
     def remove(self, ids: Iterable[int]) -> None:
         """Take tracks and their windows out of the catalogue."""
-        with self._database:
+        with self._changing():
             for each in ids:
                 self._database.execute("DELETE FROM tracks WHERE id = ?", (each,))
                 self._database.execute("DELETE FROM windows WHERE track = ?", (each,))
