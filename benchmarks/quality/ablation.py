@@ -88,7 +88,7 @@ def make_data(work: Path) -> Path:
         "examples/make_demo_dataset.py --out musicbench --sources 200 --test 80 --copies 2 --seed 0",
         # a fifth for validation: best_r1 is chosen by it, and a tenth would be 20 recordings
         f"prepare_dataset.py --dataset musicbench {models} --latent-model models/music2latent "
-        "--encoders muq latent --val-fraction 0.2 --seed 0",
+        "--encoders muq mert latent musicnn --val-fraction 0.2 --seed 0",
     ):
         name, *flags = script.split()
         if subprocess.run([sys.executable, str(ROOT / name), *flags], cwd=work).returncode:

@@ -22,7 +22,7 @@ MAY_CHANGE = {
     "data_path", "checkpoint_dir", "log_dir", "resume", "save_every_steps", "device", "gradient_checkpointing",
     "epochs", "patience", "baseline", "compile", "num_workers", "memory_gb", "recomputed_layers",
 }  # fmt: skip
-MEASURED = {"text_dim", "audio_dim"}  # of the model and the store, which are compared themselves
+MEASURED = {"text_dim", "audio_dim", "spread"}  # of the model and the store, which are compared themselves
 NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progress", "spaces", "step", "queue"}
 
 
@@ -166,6 +166,9 @@ def _read(path: Path) -> Checkpoint:
 def _check_settings(found: Checkpoint, config: TrainingConfig) -> None:
     before = found.config
     left_open = {"pooling"} if config.pooling == "auto" else set[str]()  # then it is what it was
+    for each in fields(config):  # a setting that came later, and that the command line says nothing of
+        if each.name not in found.contents["config"] and getattr(config, each.name) == each.default:
+            left_open.add(each.name)
     other = [
         f"{each.name} was {getattr(before, each.name)!r} and is {getattr(config, each.name)!r}"
         for each in fields(config)
