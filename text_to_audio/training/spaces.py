@@ -1,10 +1,12 @@
 """The audio spaces of a run: each one's head, spread, temperature, recordings and validation."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.errors import UserError
 from store.reading import EmbeddingStore
@@ -87,12 +89,18 @@ def build_projection(config: TrainingConfig, store: EmbeddingStore) -> Projectio
 
 @torch.no_grad()
 def measure_spread(vectors: AudioVectors, projection: ProjectionHead) -> float:
-    """How far recordings point in different directions: sqrt(1 - |mean unit vector|^2) in the head's space.
-
-    1 where they point everywhere, 0 where they are parallel. Measured on `SPREAD_FROM` recordings, evenly taken.
-    """
+    """The `unit_spread` of recordings in the head's space, measured on `SPREAD_FROM` of them, evenly taken."""
     rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), SPREAD_FROM)).astype(np.int64))
-    total = torch.zeros(vectors.dim, dtype=torch.float64)
-    for part in np.array_split(rows, max(1, len(rows) * vectors.dim // _TILE_ELEMENTS)):
-        total += projection.standardise_audio(vectors[part]).sum(0, dtype=torch.float64).cpu()
-    return max(LEAST_SPREAD, math.sqrt(max(0.0, 1 - (total / len(rows)).square().sum().item())))
+    parts = np.array_split(rows, max(1, len(rows) * vectors.dim // _TILE_ELEMENTS))
+    return unit_spread(projection.standardise_audio(vectors[part]) for part in parts)
+
+
+def unit_spread(parts: Iterable[Tensor]) -> float:
+    """How far unit vectors, (n, dim) in each part, point in different directions: sqrt(1 - |their mean|^2).
+
+    1 where they point everywhere, 0 where they are parallel; at least `LEAST_SPREAD`.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for part in parts:
+        total, count = total + part.sum(0, dtype=torch.float64).cpu(), count + len(part)
+    return max(LEAST_SPREAD, math.sqrt(max(0.0, 1 - (total / count).square().sum().item())))
