@@ -51,7 +51,7 @@ BASE = (
 SEED_LITERAL = "--audio-negatives micro --text-negatives micro --standardise none"
 FAMILY = {  # the space: divisors of at least c root mean squares, a share m of the mean taken off
     f"space: c = {c}, m = {m}, t = {t}": f"--std-floor {c} --mean-removed {m} --temperature {t}"
-    for c, m, t in product((0.1, 0.3, 1, 3), (1, 0.5, 0), (0.03, 0.07, 0.15))
+    for c, m, t in product((0, 0.1, 0.3, 1, 3), (1, 0.8, 0.5, 0), (0.03, 0.07, 0.12))
 }
 SETTINGS = {  # name: flags after the base's
     "base": "",
