@@ -61,7 +61,6 @@ SETTINGS = {  # name: flags after the base's
     "space: raw, t = 0.03": "--standardise none --temperature 0.03",
     "space: raw, t = 0.15": "--standardise none --temperature 0.15",
     "space: raw, t learnt": "--standardise none --learn-temperature",
-    **FAMILY,
     "audio negatives: micro": "--audio-negatives micro",
     "audio negatives: bank": "--audio-negatives bank",
     "audio negatives: bank, same source positive": "--audio-negatives bank --same-source positive",
@@ -92,7 +91,8 @@ WITH_RIDGE = ("base", "space: raw")  # closed form, so that the first seed is en
 def known_settings() -> dict[str, str]:
     """The settings whose flags this version of train.py has."""
     flags = {"--" + each.name.replace("_", "-") for each in fields(TrainingConfig)}
-    return {name: text for name, text in SETTINGS.items() if {w for w in text.split() if w.startswith("--")} <= flags}
+    every = {**SETTINGS, **FAMILY}
+    return {name: text for name, text in every.items() if {w for w in text.split() if w.startswith("--")} <= flags}
 
 
 def make_data(work: Path) -> Path:
@@ -136,7 +136,7 @@ def table(results: list[dict]) -> str:
     """A line per setting; what it gains is on the base of the same seed."""
     base = [each for each in results if each["setting"] == "base"]
     rows = []
-    for name in dict.fromkeys([*SETTINGS, *(each["setting"] for each in results)]):
+    for name in dict.fromkeys([*SETTINGS, *FAMILY, *(each["setting"] for each in results)]):
         found = [each for each in results if each["setting"] == name]
         if not found:
             continue
@@ -189,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--settings",
         nargs="+",
         metavar="NAME",
-        help=f"some of: {'; '.join(SETTINGS)} (default: all)".replace("%", "%%"),
+        help=f"some of: {'; '.join(SETTINGS)} (default: all of these); space: c = C, m = M, t = T".replace("%", "%%"),
     )
     add("--text-model", metavar="STR", help="text encoder (default: MiniLM's real weights)")
     add("--table", action="store_true", help="print the table of the results there are, and run nothing")
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     trained_on = f"{args.store.parent.name}_" if args.store else ""
     path = args.work / f"results_{trained_on}{args.audio_encoder}_{args.epochs}_epochs.jsonl"
     if not args.table:
-        run_missing(args, {name: known[name] for name in args.settings or known}, path)
+        run_missing(args, {name: known[name] for name in args.settings or SETTINGS if name in known}, path)
     results = read_results(path)
     print(f"text -> audio on the test split, {args.audio_encoder}, {args.epochs} epochs; mean ± standard deviation")
     print(table(results))
