@@ -63,9 +63,10 @@ class TrainingConfig:
     standardise: Literal["zscore", "centre", "none"] = "zscore"
     """what is done to an audio vector before it is given unit length: mean removed and each dimension divided by
     its standard deviation (over the train recordings), mean removed only, or nothing"""
-    mean_removed: float = 1.0
-    """share of the train recordings' mean that zscore and centre take off, from 0 to 1"""
-    std_floor: float = 1.0
+    mean_removed: float = -1.0
+    """share of the train recordings' mean that zscore and centre take off, from 0 to 1; -1: as little as leaves the
+    space a spread of 0.9"""
+    std_floor: float = 0.3
     """zscore divides by a dimension's standard deviation, but by no less than so many times the root mean square of all
     dimensions'; 0: no less than a thousandth of their median"""
 
@@ -212,7 +213,7 @@ _RANGES = {
         lambda value: 0 <= value < float("inf"),
         "text_lr weight_decay warmup_steps seed save_every_steps text_queue num_workers memory_gb std_floor",
     ),
-    "from 0 to 1": (lambda value: 0 <= value <= 1, "mean_removed"),
+    "from 0 to 1, or -1": (lambda value: 0 <= value <= 1 or value == -1, "mean_removed"),
     "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing caption_dropout"),
     "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),
 }

@@ -31,7 +31,7 @@ from text_to_audio.measuring.metrics import retrieval_metrics
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.training.optimisation import build_schedule
-from text_to_audio.training.spaces import unit_spread
+from text_to_audio.training.spaces import spread_of
 
 BATCH, RATE, HIDDEN, WEIGHT_DECAY = 64, 1e-3, 1024, 0.1
 BLOCKS = 3  # of the recipe: mean, spread, change
@@ -85,7 +85,7 @@ def train_head(data: FrozenSet, setting: Setting, seed: int, epochs: int) -> tup
     """A trained head, in evaluation mode, and the spread of its space."""
     head = data.head(setting, seed)
     audio = head.standardise_audio(data.vectors("train", head.audio_dim))
-    own = unit_spread([audio])
+    own = spread_of(audio, torch.zeros(head.audio_dim))
     temperature = setting.temperature * own
     matrices = [each for each in head.parameters() if each.dim() > 1]
     others = [each for each in head.parameters() if each.dim() < 2]

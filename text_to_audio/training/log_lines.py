@@ -85,8 +85,8 @@ def announce(run: Run) -> None:
     for space in run.spaces:
         own = space.config
         log.info(
-            f"{own.audio_encoder} space: {own.standardise}, spread {own.spread:.3f}, temperature "
-            f"{own.scaled_temperature:.4f}{' at first, learnt' if own.learn_temperature else ''}"
+            f"{own.audio_encoder} space: {own.standardise}, {own.mean_removed:.0%} of the mean taken off, spread "
+            f"{own.spread:.2f}, temperature {own.scaled_temperature:.4f}"
         )
         if space.bank:
             size = space.bank.nbytes / 1e9

@@ -1,7 +1,6 @@
 """The audio spaces of a run: each one's head, spread, temperature, recordings and validation."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,9 +21,9 @@ from text_to_audio.processes import ALONE, Processes
 from text_to_audio.training.resuming import Best, Checkpoint
 from text_to_audio.training.step_models import SpaceModels
 
-SPREAD_FROM = 4096  # recordings that a spread is measured on: a twentieth of a percent of error, 630 MB of MERT's
+SPREAD_FROM = 1024  # recordings that a spread is measured on, 315 MB of MERT's: |mean|^2 is a thousandth too large
+SPREAD_WANTED = 0.9  # that `mean_removed auto` aims at: docs/ablation.md
 LEAST_SPREAD = 0.01  # the rounding of float16 vectors is not far below
-_TILE_ELEMENTS = 1 << 24  # audio elements in hand at once: 64 MB in float32
 
 
 @dataclass(kw_only=True)
@@ -47,19 +46,13 @@ def build_spaces(
     processes: Processes = ALONE,
     resumed: Checkpoint | None = None,
 ) -> list[Space]:
-    """A head, temperature, recordings and validation for each audio space of the config.
-
-    The spread of a run that is gone on with is what it was when the run began.
-    """
+    """A head, temperature, recordings and validation for each audio space of the config."""
     spaces: list[Space] = []
     for name in config.audio_encoders:
         own = replace(config, audio_encoder=name, audio_dim=store.dim(name))
-        projection = build_projection(own, store)
         vectors = AudioVectors(store, "train", name)
-        if resumed:
-            own = replace(own, spread=resumed.contents["spaces"][name].get("spread", BEFORE["spread"]))
-        else:
-            own = replace(own, spread=measure_spread(vectors, projection))
+        own = as_begun(own, resumed) if resumed else measured_space(own, store, vectors)
+        projection = build_projection(own, store)
         bank = build_bank(own, store, vectors, projection) if config.audio_negatives == "bank" else None
         temperature = Temperature(config.temperature, config.learn_temperature, own.spread).to(config.torch_device)
         tokens = spaces[0].validation.tokens if spaces else None
@@ -87,20 +80,49 @@ def build_projection(config: TrainingConfig, store: EmbeddingStore) -> Projectio
     return head.to(config.torch_device)
 
 
+def as_begun(config: TrainingConfig, resumed: Checkpoint) -> TrainingConfig:
+    """The settings of one space with what was measured of it when the run began."""
+    state = resumed.contents["spaces"][config.audio_encoder]
+    return replace(config, **state.get("measured", {name: BEFORE[name] for name in ("mean_removed", "spread")}))
+
+
 @torch.no_grad()
-def measure_spread(vectors: AudioVectors, projection: ProjectionHead) -> float:
-    """The `unit_spread` of recordings in the head's space, measured on `SPREAD_FROM` of them, evenly taken."""
-    rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), SPREAD_FROM)).astype(np.int64))
-    parts = np.array_split(rows, max(1, len(rows) * vectors.dim // _TILE_ELEMENTS))
-    return unit_spread(projection.standardise_audio(vectors[part]) for part in parts)
+def measured_space(config: TrainingConfig, store: EmbeddingStore, vectors: AudioVectors) -> TrainingConfig:
+    """The settings of one space with its spread, and with what a `mean_removed` of auto is there.
 
-
-def unit_spread(parts: Iterable[Tensor]) -> float:
-    """How far unit vectors, (n, dim) in each part, point in different directions: sqrt(1 - |their mean|^2).
-
-    1 where they point everywhere, 0 where they are parallel; at least `LEAST_SPREAD`.
+    Measured on `SPREAD_FROM` recordings, evenly taken.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for part in parts:
-        total, count = total + part.sum(0, dtype=torch.float64).cpu(), count + len(part)
-    return max(LEAST_SPREAD, math.sqrt(max(0.0, 1 - (total / count).square().sum().item())))
+    head = build_projection(replace(config, mean_removed=1.0), store)
+    rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), SPREAD_FROM)).astype(np.int64))
+    scaled, mean = vectors[rows].to(head.mean) / head.std, head.mean / head.std
+    removed = config.mean_removed
+    if config.standardise == "none":
+        removed = 0.0
+    elif removed < 0:
+        removed = least_removed(scaled, mean, SPREAD_WANTED)
+    return replace(config, mean_removed=removed, spread=spread_of(scaled, mean, removed))
+
+
+def spread_of(vectors: Tensor, mean: Tensor, removed: float = 0.0) -> float:
+    """How far vectors (n, dim), less a share of `mean` (dim,), point in different directions.
+
+    sqrt(1 - |mean unit vector|^2): 1 where they point everywhere, 0 where they are parallel; at least `LEAST_SPREAD`.
+    """
+    # without a copy of the vectors: each is weighted by what makes it a unit vector
+    squares = (vectors.square().sum(1) - 2 * removed * (vectors @ mean) + removed**2 * mean.square().sum()).double()
+    weights = squares.clamp_min(1e-24).rsqrt() / len(vectors)
+    centre = vectors.T @ weights.to(vectors) - removed * weights.sum().to(vectors) * mean
+    return max(LEAST_SPREAD, math.sqrt(max(0.0, 1 - centre.double().square().sum().item())))
+
+
+def least_removed(vectors: Tensor, mean: Tensor, spread: float) -> float:
+    """The least share of the mean, in hundredths, without which vectors (n, dim) have this spread; 1 where none does.
+
+    What all recordings have in common says what is music; the less of it is taken off, the better words find music of
+    another kind (docs/ablation.md). It is taken off as far as it hides the differences.
+    """
+    low, high = 0, 100
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if spread_of(vectors, mean, middle / 100) >= spread else (middle + 1, high)
+    return low / 100

@@ -20,7 +20,7 @@ from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.temperature import Temperature
-from text_to_audio.training.spaces import build_projection, measure_spread, unit_spread
+from text_to_audio.training.spaces import build_projection, least_removed, measured_space, spread_of
 
 DIMS = {"muq": 6, "latent": 4}
 
@@ -58,18 +58,28 @@ def test_the_family_in_float64(removed, floor):
     assert not head.standardises
 
 
-def test_the_spread_is_that_of_the_unit_vectors(parts):
+@pytest.mark.parametrize("removed", [1.0, 0.5, -1.0])
+@pytest.mark.parametrize("mode", ["zscore", "centre", "none"])
+def test_the_spread_is_that_of_the_unit_vectors(parts, mode, removed):
     store = EmbeddingStore(parts / "embeddings.h5")
-    for mode in ("zscore", "centre", "none"):
-        config = TrainingConfig("muq", text_dim=3, audio_dim=6, standardise=mode, device="cpu")
-        head, vectors = build_projection(config, store), AudioVectors(store, "train", "muq")
-        rows = np.asarray(store.vectors("train", "muq"), np.float64)
-        rows = (rows - head.mean.numpy()) / head.std.numpy()
-        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        right = math.sqrt(1 - np.linalg.norm(unit.mean(0)) ** 2)
-        assert measure_spread(vectors, head) == pytest.approx(right, rel=1e-6)
-        assert right > 0.9 if mode != "none" else right < 0.4
-    assert unit_spread([torch.ones(3, 1)]) == 0.01  # parallel vectors have no temperature of 0
+    asked = TrainingConfig("muq", text_dim=3, audio_dim=6, standardise=mode, mean_removed=removed, device="cpu")
+    config = measured_space(asked, store, AudioVectors(store, "train", "muq"))
+    assert config.mean_removed == (0.0 if mode == "none" else removed) or (removed < 0 < config.mean_removed < 1)
+    head = build_projection(config, store)
+    rows = (np.asarray(store.vectors("train", "muq"), np.float64) - head.mean.numpy()) / head.std.numpy()
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert config.spread == pytest.approx(math.sqrt(1 - np.linalg.norm(unit.mean(0)) ** 2), rel=1e-5)
+    assert {1.0: config.spread > 0.95, 0.5: True, -1.0: 0.9 <= config.spread < 0.95}[removed] or mode == "none"
+
+
+def test_as_little_of_the_mean_as_leaves_a_spread():
+    rng = np.random.default_rng(0)
+    vectors = torch.from_numpy(rng.normal(size=(50, 8)) + 3)
+    mean = vectors.mean(0)
+    removed = least_removed(vectors, mean, 0.9)
+    assert spread_of(vectors, mean, removed - 0.01) < 0.9 <= spread_of(vectors, mean, removed)
+    assert least_removed(vectors, mean, 0.1) == 0.0  # they have it as they are
+    assert spread_of(torch.ones(3, 1), torch.zeros(1)) == 0.01  # parallel vectors have no temperature of 0
 
 
 def test_each_space_of_a_run_has_its_own_temperature(parts, tmp_path, monkeypatch):
@@ -90,7 +100,7 @@ def test_each_space_of_a_run_has_its_own_temperature(parts, tmp_path, monkeypatc
     assert len(spreads) == 2
     train.main([*words, "--epochs", "4", "--resume", "auto"])  # with the spread that it began with
     state = torch.load("checkpoints/joint_last.pt", weights_only=True)["spaces"]
-    assert {each["spread"] for each in state.values()} == spreads
+    assert {each["measured"]["spread"] for each in state.values()} == spreads
 
 
 def test_the_bounds_of_a_learnt_temperature_follow_the_spread():
