@@ -56,6 +56,7 @@ FAMILY = {  # the space: divisors of at least c root mean squares, a share m of 
 SETTINGS = {  # name: flags after the base's
     "base": "",
     "seed, literally: micro, raw space, t = 0.07": SEED_LITERAL,
+    "space: the default (c = 0.3, spread 0.9)": "--std-floor 0.3 --mean-removed -1",
     "space: raw": "--standardise none",
     "space: centred": "--standardise centre",
     "space: raw, t = 0.03": "--standardise none --temperature 0.03",
