@@ -33,7 +33,7 @@ class ForkedScript:
         self._server.communicate()  # its stdin ends, and so does it
 
     def start(self, folder: Path, words: list[str]) -> None:
-        """Begin a run in this folder, where `stderr.txt` gets what it says; the last one is over."""
+        """Begin a run in this folder, where `stderr.txt` gets what it says; returns once it runs."""
         self._server.stdin.write(json.dumps([str(folder), list(map(str, words))]) + "\n")
         self._pid = int(self._server.stdout.readline())
 
