@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         moments = args.moments or files.holds_windows
         space, choice = open_space(args, config.audio_encoder, head, about, files.folder)
         if args.from_collection:
-            take_over(args, config, files, log)
+            take_over(args, head.standardises, files, log)
         left_out = update(args, config, audio_space, files, moments, log) if args.music_dir else 0
         put_in(args, files, space, choice, moments, log)
     if left_out:
@@ -177,12 +177,12 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
-def take_over(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, log: Logger) -> None:
+def take_over(args: argparse.Namespace, standardises: bool, files: VectorFiles, log: Logger) -> None:
     """Bring a collection of plain vectors over."""
     uri = args.from_uri or args.milvus_uri
     token = args.from_token or (args.milvus_token if uri == args.milvus_uri else None)
     with VectorDatabase(uri, token) as source, tqdm(unit="track", desc="bringing over") as bar:
-        taken = bring_over(source, args.from_collection, files, config.standardise != "none", bar.update)
+        taken = bring_over(source, args.from_collection, files, standardises, bar.update)
     log.info("%s: %s tracks of %r, taken to be of this recipe", uri, f"{taken:,}", args.from_collection)
 
 

@@ -100,9 +100,14 @@ def test_a_writer_that_meets_damage_notes_no_checksum(tmp_path, monkeypatch):
     with VectorFiles(tmp_path, "muq", ABOUT) as files:
         add(files, 1)
     damage = sqlite3.DatabaseError("database disk image is malformed")
-    with pytest.raises(sqlite3.DatabaseError), VectorFiles(tmp_path, "muq", ABOUT) as files:
-        add(files, 2)
-        raise damage
+
+    def failing_change():
+        with VectorFiles(tmp_path, "muq", ABOUT) as files:
+            add(files, 2)
+            raise damage
+
+    with pytest.raises(sqlite3.DatabaseError):
+        failing_change()
     with closing(sqlite3.connect(tmp_path / "muq/catalogue.sqlite")) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (0,)
 

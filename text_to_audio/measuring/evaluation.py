@@ -199,13 +199,13 @@ class Evaluator:
     ) -> dict[str, float]:
         """The metrics of the split, and "loss", the training loss over fixed batches.
 
-        temperature: where it is learnt, what it is by now; None is the config's. text: what `embed` gave, where the
-        same captions are measured in several spaces.
+        temperature: where it is learnt, what it is by now; None is the config's, in its space. text: what `embed` gave,
+        where the same captions are measured in several spaces.
         """
         text = self.embed(text_encoder) if text is None else text
         self.latest = scores = self.scores(text, projection)
         metrics = gallery_metrics(scores, self.gallery)
-        temperature = temperature or self.config.temperature
+        temperature = temperature or self.config.scaled_temperature
         loss = gallery_loss(scores, self.gallery, self.tokens.lengths, self.config, temperature)
         return {**metrics, "loss": loss}
 

@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path, device: str = "auto", contents: dict | Non
     projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
     restore_weights(path, contents, text_encoder, projection)
     if config.learn_temperature:
-        config.temperature = math.exp(contents["log_temperature"])
+        config.temperature = math.exp(contents["log_temperature"]) / config.spread
     return LoadedCheckpoint(
         text_encoder.eval(),
         projection.to(config.torch_device).eval(),

@@ -58,6 +58,7 @@ def _state_of(run: Run, space: Space, whole: dict) -> dict:
     return {
         "projection_state_dict": whole.get("projection_state_dict") or head_state(space.projection),
         "log_temperature": space.temperature.log.item(),
+        "measured": {"mean_removed": space.config.mean_removed, "spread": space.config.spread},
         "audio_space": run.store.encoders[space.name],
         "best": {"r1": list(space.best.r1), "r1_epoch": space.best.r1_epoch, "loss": space.best.loss},
         "points": space.writer.points_of(run.step) if space.writer else {},
