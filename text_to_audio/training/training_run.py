@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from logging import Logger
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -26,8 +27,8 @@ from text_to_audio.model.temperature import Temperature
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
 from text_to_audio.training.optimisation import build_optimizer, build_schedule, warmup_length
+from text_to_audio.training.keeping import Best
 from text_to_audio.training.resuming import (
-    Best,
     Checkpoint,
     LastCheckpoint,
     Progress,
@@ -51,6 +52,11 @@ class Space(SpaceModels):
     writer: CurveWriter | None = None
     best: Best = field(default_factory=Best)
 
+    @property
+    def caption_audio(self) -> np.ndarray:
+        """Each validation caption's recording, (captions,)."""
+        return self.validation.gallery.captions.caption_audio
+
 
 @dataclass(kw_only=True)
 class Run(StepModels):
@@ -73,7 +79,7 @@ class Run(StepModels):
 
     @property
     def best_epoch(self) -> int:
-        """The last epoch in which a space's validation R@1 was better than before."""
+        """The latest of the epochs that the spaces keep."""
         return max(space.best.r1_epoch for space in self.spaces)
 
 
