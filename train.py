@@ -132,7 +132,7 @@ def fit(run: Run) -> None:
     try:
         while run.progress.epoch < run.config.epochs:
             if run.progress.epoch - run.best_epoch >= run.config.patience:
-                run.log.info(f"stopped: no better validation R@1 in {run.config.patience} epochs")
+                run.log.info(f"stopped: none of {run.config.patience} epochs was better in validation")
                 break
             fit_epoch(run, run.progress.epoch + 1)
     except Stopped:
@@ -240,7 +240,7 @@ def check_loss(run: Run, losses: Tensor | float) -> None:
 
 
 def save_epoch(run: Run, epoch: int, scores: dict[str, dict[str, float]]) -> set[str]:
-    """Save the best checkpoints where this epoch is to be kept, and the last; returns the spaces whose best_r1 it is."""
+    """Save the checkpoints that this epoch is better than, and the last; returns the spaces whose best_r1 it is now."""
     run.progress = run.progress.after_epoch(epoch)
     kept = set()
     for space in run.spaces:

@@ -1,7 +1,8 @@
-"""Which epoch's weights are kept as best_r1: the latest that validation R@1 cannot tell from the best."""
+"""Which epoch's weights are kept as best_r1: by R@1 as far as validation can tell epochs apart, then by MRR."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,24 @@ _ROUNDING = 1e-9  # one hit's difference is one standard error exactly
 class Best:
     """How a space's validation has gone so far, and which epoch is kept by it.
 
-    Of few captions the highest R@1 is the luckiest epoch's, and it costs: the learning rate falls, so that the later of
-    two epochs that look alike is the better one as a rule. Kept is the latest whose R@1 is at most one standard error
-    under the highest, as Breiman et al. (1984) choose the simplest tree within one. The error is that of the
-    difference, caption by caption, since what both epochs find says nothing of which is better; with many captions it
-    is small, and the kept epoch has the highest R@1 or one as good.
+    Of few captions the highest R@1 is the luckiest epoch's. So the epochs whose R@1 is at most one standard error under
+    the highest count as alike (as Breiman et al. 1984 take the trees within one error of the best), and of those the
+    one is kept whose MRR, averaged with that of the epoch before, is highest. The error is that of
+    the difference, caption by caption, since what both epochs find says nothing of which is better. With many captions
+    it is small, and the kept epoch has the highest R@1 or one as good.
 
-    r1: R@1 (percent) and MRR of the kept epoch, `r1_epoch`. loss: the lowest. hits: of each epoch so far, (captions,)
-    bool, which captions found their recording first; None in a run from before they were noted, which keeps the
-    highest R@1 to its end, MRR breaking ties.
+    An epoch that was passed over is gone. So where a new highest R@1 rules the kept epoch out, the new one is kept.
+
+    r1: R@1 (percent) and MRR of the kept epoch, `r1_epoch`. loss: the lowest. mrr: each epoch's so far. hits: of each,
+    (captions,) bool, which captions found their recording first; None in a run from before they were noted, which
+    keeps the highest R@1 to its end, MRR breaking ties.
     """
 
     r1: tuple[float, float] = (-1.0, -1.0)
     r1_epoch: int = 0
     loss: float = float("inf")
     hits: list[Tensor] | None = field(default_factory=list)
+    mrr: list[float] = field(default_factory=list)
 
     def add(self, epoch: int, r1: tuple[float, float], hits: Tensor, caption_audio: np.ndarray) -> bool:
         """Take in an epoch's (R@1, MRR) and hits; returns whether it is the one to keep now.
@@ -42,19 +46,25 @@ class Best:
             kept = r1 > self.r1
         else:
             self.hits.append(hits.cpu())
-            kept = alike(self.hits, caption_audio)[-1] == epoch
+            self.mrr.append(r1[1])
+            epochs = alike(self.hits, caption_audio)
+            better = self.r1_epoch not in epochs or self._mean_mrr(epoch) > self._mean_mrr(self.r1_epoch)
+            kept = epoch in epochs and better
         if kept:
             self.r1, self.r1_epoch = r1, epoch
         return kept
 
+    def _mean_mrr(self, epoch: int) -> float:
+        return mean(self.mrr[max(0, epoch - 2) : epoch])
+
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"r1": list(self.r1), "r1_epoch": self.r1_epoch, "loss": self.loss, "hits": self.hits}
+        return {"r1": list(self.r1), "r1_epoch": self.r1_epoch, "loss": self.loss, "hits": self.hits, "mrr": self.mrr}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Best":
         """What `state` gave; a checkpoint from before there were hits has none."""
-        return cls(tuple(state["r1"]), state["r1_epoch"], state["loss"], state.get("hits"))
+        return cls(tuple(state["r1"]), state["r1_epoch"], state["loss"], state.get("hits"), state.get("mrr", []))
 
 
 def highest(hits: list[Tensor]) -> int:

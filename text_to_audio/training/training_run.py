@@ -26,8 +26,8 @@ from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.temperature import Temperature
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
-from text_to_audio.training.optimisation import build_optimizer, build_schedule, warmup_length
 from text_to_audio.training.keeping import Best
+from text_to_audio.training.optimisation import build_optimizer, build_schedule, warmup_length
 from text_to_audio.training.resuming import (
     Checkpoint,
     LastCheckpoint,
