@@ -2,9 +2,9 @@
 
 A run is trained to its last epoch once; every epoch's validation scores and test metrics are noted (kept in --work).
 All that a rule sees of a validation follows from its scores, so that each rule is then tried on the validation cut to
-so many recordings, drawn several times, without training again. "stops" is a run that waits --patience epochs for another
-epoch to be kept; the learning rate falls as in the whole run. By default only the head is trained, on the text vectors
-of the model as it is; --lora trains the text model too, as train.py does.
+so many recordings, drawn several times, without training again. "stops" is a run that waits --patience epochs for
+another epoch to be kept; the learning rate falls as in the whole run. By default only the head is trained, on the text
+vectors of the model as it is; --lora trains the text model too, as train.py does.
 """
 
 import argparse
