@@ -20,9 +20,9 @@ class Best:
 
     Of few captions the highest R@1 is the luckiest epoch's. So the epochs whose R@1 is at most one standard error under
     the highest count as alike (as Breiman et al. 1984 take the trees within one error of the best), and of those the
-    one is kept whose MRR, averaged with that of the epoch before, is highest. The error is that of
-    the difference, caption by caption, since what both epochs find says nothing of which is better. With many captions
-    it is small, and the kept epoch has the highest R@1 or one as good.
+    one is kept whose MRR, averaged with that of the epoch before, is highest. The error is that of the difference,
+    caption by caption, since what both epochs find says nothing of which is better. With many captions it is small, and
+    the kept epoch has the highest R@1 or one as good.
 
     An epoch that was passed over is gone. So where a new highest R@1 rules the kept epoch out, the new one is kept.
 
