@@ -107,7 +107,7 @@ class TrainingConfig:
     caption_dropout: float = 0.0
     """probability with which each sentence of a caption is left out, anew every time; one always stays"""
     patience: int = 5
-    """epochs without a better validation t2a_R@1 before the run stops"""
+    """epochs of which none is kept as best_r1 before the run stops"""
     baseline: bool = False
     """before training, fit a ridge regression from the frozen text encoder and print its test metrics"""
 

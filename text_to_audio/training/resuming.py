@@ -27,15 +27,6 @@ NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progre
 
 
 @dataclass
-class Best:
-    """The best validation scores so far; (R@1, MRR) decide together, MRR breaking ties."""
-
-    r1: tuple[float, float] = (-1.0, -1.0)
-    r1_epoch: int = 0
-    loss: float = float("inf")
-
-
-@dataclass
 class Progress:
     """How far a run is: epochs that are done, validation included, and what of the next one is.
 
@@ -212,7 +203,7 @@ def say_if_done(found: Checkpoint, config: TrainingConfig, log: Logger) -> bool:
 
 
 def best_epoch(found: Checkpoint) -> int:
-    """The last epoch in which a space's validation R@1 was better than before."""
+    """The latest of the epochs that the spaces keep."""
     return max(space["best"]["r1_epoch"] for space in found.contents["spaces"].values())
 
 

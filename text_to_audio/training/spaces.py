@@ -18,7 +18,8 @@ from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.temperature import Temperature
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
-from text_to_audio.training.resuming import Best, Checkpoint
+from text_to_audio.training.keeping import Best
+from text_to_audio.training.resuming import Checkpoint
 from text_to_audio.training.step_models import SpaceModels
 
 SPREAD_FROM = 1024  # recordings that a spread is measured on, 315 MB of MERT's: |mean|^2 is a thousandth too large
@@ -37,6 +38,11 @@ class Space(SpaceModels):
     validation: Evaluator
     writer: CurveWriter | None = None
     best: Best = field(default_factory=Best)
+
+    @property
+    def caption_audio(self) -> np.ndarray:
+        """Each validation caption's recording, (captions,)."""
+        return self.validation.gallery.captions.caption_audio
 
 
 def build_spaces(

@@ -55,7 +55,7 @@ class Run(StepModels):
 
     @property
     def best_epoch(self) -> int:
-        """The last epoch in which a space's validation R@1 was better than before."""
+        """The latest of the epochs that the spaces keep."""
         return max(space.best.r1_epoch for space in self.spaces)
 
 
