@@ -34,7 +34,9 @@ class LoadedCheckpoint:
         return iter((self.text_encoder, self.projection, self.config))
 
 
-def load_checkpoint(path: str | Path, device: str = "auto", contents: dict | None = None, precision: str = "") -> LoadedCheckpoint:
+def load_checkpoint(
+    path: str | Path, device: str = "auto", contents: dict | None = None, precision: str = ""
+) -> LoadedCheckpoint:
     """A checkpoint's text encoder and head, on `device` and in evaluation mode, its config and what else it says.
 
     A temperature that was learnt stands in the config as it was learnt. contents: what `read_checkpoint` gave, where

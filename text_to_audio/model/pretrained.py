@@ -135,7 +135,9 @@ def _small_files(name: str) -> Path:
     return folder
 
 
-def _held_dtype(folder: Path, kind: type[AutoModel | AutoModelForTextEncoding], config: PretrainedConfig) -> torch.dtype:
+def _held_dtype(
+    folder: Path, kind: type[AutoModel | AutoModelForTextEncoding], config: PretrainedConfig
+) -> torch.dtype:
     """The type in which a query on a CPU holds a model's weights: the published one, where we compute the layers."""
     published = published_dtype(folder)
     if published == torch.float32:
