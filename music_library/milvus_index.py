@@ -19,7 +19,7 @@ SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite doe
 DEFAULT_URI = "data/library.db"
 MAX_RESULTS = 16_384  # Milvus's bound on one search
 INDEX_TYPES = {
-    "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 512}),
+    "HNSW": ({"M": 16, "efConstruction": 200}, {"ef": 512}),
     "IVF_FLAT": ({"nlist": 128}, {"nprobe": 10}),
     "FLAT": ({}, {}),
 }  # type -> (build parameters, search parameters)
@@ -189,7 +189,9 @@ class VectorDatabase:
     def _create_index(self, name: str, index: IndexChoice) -> None:
         self._kinds.pop(name, None)
         params = self._client.prepare_index_params()
-        params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=index.build_params)
+        # a server reads them one by one, which is how pymilvus 3 sends them; Milvus Lite 3.2 takes them from "params"
+        sent = {**index.build_params, "params": index.build_params}
+        params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=sent)
         self._tell(lambda: self._client.create_index(name, params))
         if self._local:  # a loaded one would be built anew with every data file that Lite merges; `build` loads it
             self._tell(lambda: self._client.release_collection(name))
@@ -327,6 +329,7 @@ class VectorDatabase:
     def lists(self, name: str) -> int:
         """How many lists an IVF_FLAT index has."""
         found = self._client.describe_index(name, FIELD)
+        found |= found.get("params", {})  # Milvus Lite's
         return int(found.get("nlist", INDEX_TYPES["IVF_FLAT"][0]["nlist"]))
 
     def _kind(self, name: str) -> str:

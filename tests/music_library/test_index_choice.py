@@ -7,7 +7,7 @@ import pytest
 
 import index_library
 from common.errors import UserError
-from music_library import milvus_index
+from music_library import evaluation, milvus_index
 from music_library.evaluation import ENOUGH, NEIGHBOURS, probing, sampled
 from music_library.index_space import IndexSpace
 from music_library.milvus_index import EXACT_ELEMENTS, IndexChoice, VectorDatabase, kind_of_parameters
@@ -134,16 +134,18 @@ def test_parameters_name_their_type():
         kind_of_parameters({"ef": 1}, {"nprobe": 1})
 
 
-def test_ivf_flat_says_how_many_lists_it_takes(library, caplog):
-    library.add(600)
+def test_ivf_flat_says_how_many_lists_it_takes(library, caplog, monkeypatch):
+    monkeypatch.setattr(evaluation, "_SAMPLED", 40)
+    library.add(300)
     library.sync("IVF_FLAT", build={"nlist": 32}, search={"nprobe": 2})
     with VectorDatabase(library.uri) as database:
+        database.load("muq")
         ids, vectors = sampled(library.files, windows=False)
         found = probing(database, "muq", library.space.audio(vectors), ids)
         with caplog.at_level(logging.WARNING):
             index_library.tell_of_lists(database, "muq", library.space, library.files, logging.getLogger("index"))
         shares = {n: share(database, library, ids, n) for n in (2, found.needed // 2, found.needed)}
-    assert (found.nprobe, found.lists, len(ids)) == (2, 32, 300)
+    assert (found.nprobe, found.lists, len(ids)) == (2, 32, 40)
     assert found.share == pytest.approx(shares[2])
     assert shares[found.needed] >= ENOUGH > shares[found.needed // 2]
     assert f"--search-params '{{\"nprobe\": {found.needed}}}'" in caplog.text
@@ -166,8 +168,9 @@ def test_ivf_flat_that_probes_enough_says_nothing(library, caplog):
     library.sync("IVF_FLAT", moments=True, build={"nlist": 4}, search={"nprobe": 4})
     with VectorDatabase(library.uri) as database, caplog.at_level(logging.WARNING):
         for name in ("muq", "muq_moments"):
+            database.load(name)
             index_library.tell_of_lists(database, name, library.space, library.files, logging.getLogger("index"))
-    assert caplog.text == ""
+    assert [each for each in caplog.records if each.name == "index"] == []
 
 
 def test_each_library_on_a_server_has_vectors_of_its_own(tmp_path, monkeypatch):
@@ -193,3 +196,14 @@ def test_vectors_of_a_server_are_found_where_they_were(tmp_path, monkeypatch):
     assert str(kept_vectors("http://h:1", older)) == "data/library.vectors"
     assert str(kept_vectors("http://127.0.0.1:1", noted)) == "elsewhere"  # the same server by another name
     assert str(kept_vectors("http://h:1", None)) == "data/h_1.vectors"  # a new library
+
+
+def test_the_parameters_of_building_reach_milvus(library):
+    library.add(50)
+    library.sync("IVF_FLAT", build={"nlist": 7})
+    with VectorDatabase(library.uri) as database:
+        assert database.lists("muq") == 7
+        database.load("muq")
+        (some,) = database.search("muq", library.space.audio(library.files.vectors[:1]), 50, [], {"nprobe": 1})
+        (every,) = database.search("muq", library.space.audio(library.files.vectors[:1]), 50, [], {"nprobe": 7})
+    assert len(some) < len(every) == 50  # one list of seven does not hold them all

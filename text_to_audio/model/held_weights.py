@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
 RUNTIME_BYTES = 700 << 20  # of a process of search.py besides its weights: Python, torch, transformers, Milvus
-_BLOCK_ELEMENTS = 1 << 20  # weights widened at once: 4 MB, which stay in the caches until they are multiplied
+_BLOCK_ELEMENTS = 1 << 21  # weights widened at once: 8 MB, which stay in the caches until they are multiplied
 
 
 def published_dtype(folder: Path) -> torch.dtype:
