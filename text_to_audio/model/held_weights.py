@@ -32,9 +32,13 @@ def is_narrower(dtype: torch.dtype, computed: torch.dtype) -> bool:
 def widen_around(backbone: nn.Module) -> None:
     """Let a decoder with 16-bit weights compute in float32: what is neither linear nor an embedding becomes float32.
 
-    Embeddings are looked up as they are and handed on in float32; the linear layers are `linear`'s.
+    Embeddings are looked up as they are and handed on in float32; the linear layers are `linear`'s. All weights become
+    copies: as they are loaded they are the mapped file, and as long as one of them is, all of its pages that were read
+    stay beside what is made of them.
     """
     for module in backbone.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(_widened)
         elif not isinstance(module, nn.Linear):
