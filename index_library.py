@@ -166,12 +166,13 @@ def tell_of_lists(database: VectorDatabase, name: str, space: IndexSpace, files:
     ids, plain = sampled(files, windows=name != space.name)
     found = probing(database, name, space.audio(plain), ids)
     if found.share < ENOUGH:
-        params = json.dumps({"nprobe": found.needed})
+        built = {"nlist": found.lists}  # else --reindex makes the usual number of lists
+        given = "" if built.items() <= INDEX_TYPES["IVF_FLAT"][0].items() else f" --index-params '{json.dumps(built)}'"
         log.warning(
             "%s: IVF_FLAT with nprobe %d finds %.0f %% of the %d nearest of %d stored vectors; nprobe %d of %d lists "
-            "finds %.0f %%: --reindex --index-type IVF_FLAT --search-params '%s'",
+            "finds %.0f %%: run again with --reindex --index-type IVF_FLAT%s --search-params '%s'",
             name, found.nprobe, 100 * found.share, NEIGHBOURS, len(ids), found.needed, found.lists,
-            100 * found.share_of_needed, params,
+            100 * found.share_of_needed, given, json.dumps({"nprobe": found.needed}),
         )  # fmt: skip
 
 
