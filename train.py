@@ -29,6 +29,7 @@ from text_to_audio.model.checkpoints import (
     save_checkpoint,
 )
 from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.held_weights import query_bytes
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.planning.choosing import choose
 from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
@@ -284,16 +285,19 @@ def measure_best(run: Run, space: Space) -> dict[str, float]:
         return metrics
     if space.writer:
         log_results(space.writer, space.config, metrics, run.step)
+    query_gb = query_bytes(run.text_encoder, run.text_encoder.held, [space.projection]) / 1e9
     entry: dict[str, object] = {
         **metrics,
         "gallery": len(test.gallery),
         "epoch": space.best.r1_epoch,
         "started": run.progress.started,
+        "query_gb": query_gb,
     }
     summary = update_summary(Path(run.config.checkpoint_dir), space.name, entry)
     rows = by_subset({**metrics, "gallery": len(test.gallery)}, space.name)
     run.log.info(how_sure(space.best, space.caption_audio))
     run.log.info(f"text -> audio on the test split, epoch {space.best.r1_epoch}\n{table_with_chance(rows)}")
+    run.log.info(f"a text query of {space.name} takes about {query_gb:.1f} GB of memory on a CPU")
     report = write_report(path, space.config, run.store.header, space.best.r1_epoch, test, metrics)
     run.log.info(f"written: {path.parent}/{space.name}_*.pt, {summary}, {report}")
     return metrics

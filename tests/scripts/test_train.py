@@ -79,9 +79,11 @@ def test_everything_a_run_leaves(parts, workplace, model):
     for key in ("t2a_R@1", "t2a_R@5", "t2a_R@10", "t2a_MRR", "t2a_median_rank", "a2t_R@1", "A/t2a_R@1", "B/a2t_MRR"):
         assert key in summary
     assert summary["gallery"] == 5
+    assert 0.7 < summary["query_gb"] < 0.8  # hardly more than the libraries
     log = Path("train.log").read_text()
     for text in ("trainable:", "frozen:", "batches of 8-8 captions", "at most 10 steps", "warm-up 1 steps (10%)",
                  "padding", "--warmup-steps 2000 is no shorter than the run", "epoch 2/2", "chance of 5",
+                 "a text query of latent takes about 0.7 GB of memory on a CPU",
                  "latent A", "validation t2a_R@1 ", " over 6 recordings: ", "; kept epoch "):  # fmt: skip
         assert text in log
     found = scalars("latent")
