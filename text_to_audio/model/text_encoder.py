@@ -46,7 +46,8 @@ class TextEncoder(nn.Module):
             warnings.simplefilter("ignore", FutureWarning)
             self.model = add_lora(backbone, config)
         self.layers = len(layers_of(backbone))
-        self._pass = forward_pass(self.model, config.layers_recomputed(self.layers), config.compile == "on")
+        self.recomputed = config.layers_recomputed(self.layers)
+        self._pass = forward_pass(self.model, self.recomputed, config.compile == "on")
         self.to(config.torch_device)
 
     def _apply(self, change, recurse=True):

@@ -20,7 +20,7 @@ from text_to_audio.loss.text_queue import TextQueue
 from text_to_audio.measuring.curves import CurveWriter
 from text_to_audio.measuring.evaluation import Evaluator
 from text_to_audio.model.checkpoints import checkpoint_path
-from text_to_audio.model.checks import check_text_encoder
+from text_to_audio.model.checks import check_recomputation, check_text_encoder
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.temperature import Temperature
 from text_to_audio.model.text_encoder import TextEncoder
@@ -92,6 +92,7 @@ def prepare(
         torch.set_float32_matmul_precision("high")  # TF32 for the head and the cosines
     text_encoder = TextEncoder(config)
     check_text_encoder(text_encoder)
+    check_recomputation(text_encoder, config)
     config = measured(config, store, text_encoder)
     captions = CaptionSet.of(store.split("train"))
     tokens = TokenCache(text_encoder, captions.captions)
