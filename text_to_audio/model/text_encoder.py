@@ -52,7 +52,8 @@ class TextEncoder(nn.Module):
         if not self.bf16 and is_narrower(backbone.dtype, torch.float32):
             widen_around(self.model.get_base_model())
         self.layers = len(layers_of(backbone))
-        self._pass = forward_pass(self.model, config.layers_recomputed(self.layers), config.compile == "on")
+        self.recomputed = config.layers_recomputed(self.layers)
+        self._pass = forward_pass(self.model, self.recomputed, config.compile == "on")
         self.to(config.torch_device)
 
     def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -17,7 +17,7 @@ from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loss.text_queue import TextQueue
 from text_to_audio.measuring.curves import CurveWriter
 from text_to_audio.model.checkpoints import checkpoint_path
-from text_to_audio.model.checks import check_text_encoder
+from text_to_audio.model.checks import check_recomputation, check_text_encoder
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
 from text_to_audio.training.optimisation import build_optimizer, build_schedule, warmup_length
@@ -74,6 +74,7 @@ def prepare(
         torch.set_float32_matmul_precision("high")  # TF32 for the head and the cosines
     text_encoder = TextEncoder(config)
     check_text_encoder(text_encoder)
+    check_recomputation(text_encoder, config)
     config = measured(config, store, text_encoder)
     captions = CaptionSet.of(store.split("train"))
     tokens = TokenCache(text_encoder, captions.captions)
