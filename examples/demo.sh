@@ -56,5 +56,5 @@ echo "=== a library of unseen music: the test recordings and 136 more, indexed i
 echo
 echo "MusiCNN was trained on real music and hears; the other three encoders had random weights and show that the way works."
 echo "The files are in demo/: data/, music/, checkpoints/, logs/ (tensorboard --logdir demo/logs/tensorboard)."
-echo "To search the library on a web page, run this and open http://127.0.0.1:8770/ :"
+echo "To search the library on a web page, run this here and open the address that it prints:"
 echo "${PYTHON#"$here"/} search.py --serve --checkpoint demo/checkpoints/musicnn_best_r1.pt --milvus-uri demo/data/library.db"

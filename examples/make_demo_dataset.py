@@ -123,12 +123,12 @@ def metadata(train: list[Clip], held_out: list[Clip], seed: int) -> dict[str, li
     return rows
 
 
-def sound(clip: Clip) -> np.ndarray:
-    """The clip's samples at its own rate, (channels, samples) within -1 to 1."""
-    waveform = render(clip.piece, clip.channels)
+def samples(clip: Clip) -> np.ndarray:
+    """The rendered clip at its own rate, (samples, channels) in 16 bits."""
+    sound = render(clip.piece, clip.channels)
     if clip.sample_rate != SAMPLE_RATE:
-        waveform = np.stack([soxr.resample(channel, SAMPLE_RATE, clip.sample_rate) for channel in waveform])
-    return np.clip(waveform, -1, 1)
+        sound = np.stack([soxr.resample(channel, SAMPLE_RATE, clip.sample_rate) for channel in sound])
+    return (np.clip(sound, -1, 1).T * 32767).round().astype("<i2")
 
 
 def wav_bytes(clip: Clip) -> bytes:
@@ -138,7 +138,7 @@ def wav_bytes(clip: Clip) -> bytes:
         file.setnchannels(clip.channels)
         file.setsampwidth(2)
         file.setframerate(clip.sample_rate)
-        file.writeframes((sound(clip).T * 32767).round().astype("<i2").tobytes())
+        file.writeframes(samples(clip).tobytes())
     return buffer.getvalue()
 
 

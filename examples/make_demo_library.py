@@ -1,4 +1,4 @@
-"""Render demo music as a library holds it: tagged FLAC files in a folder for each style, of music no training has seen."""
+"""Render demo music as a library holds it: tagged FLAC files, a folder for each style, all of it unseen by training."""
 
 import argparse
 import multiprocessing
@@ -16,7 +16,7 @@ from common.errors import UserError, run_script
 from examples.demo_captions import CHORD_WORDS, DRUM_WORDS, LEAD_WORDS
 from examples.demo_instruments import SAMPLE_RATE
 from examples.demo_music import Piece, draw_piece
-from examples.make_demo_dataset import Clip, plan, sound
+from examples.make_demo_dataset import Clip, plan, samples
 
 MORE = 4  # beside 0 to 3, which make_demo_dataset.py draws with: pieces that are in no data set
 
@@ -59,11 +59,10 @@ def write_song(out: Path, song: Song) -> None:
     """Render one song into the folder `out`, in 16 bits."""
     path = out / song.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    waveform = sound(song.clip)
     rate, channels = song.clip.sample_rate, song.clip.channels
     with soundfile.SoundFile(path, "w", rate, channels, subtype="PCM_16", format="FLAC") as file:
         file.title, file.artist = song.title, song.artist
-        file.write(waveform.T)
+        file.write(samples(song.clip))
 
 
 def _write(task: tuple[Path, Song]) -> None:

@@ -20,13 +20,15 @@ TRAIN, VAL, TEST = 144, 16, 64
 def make() -> None:
     from embedding_models import MusiCNNModel
     from examples.demo_captions import describe
-    from examples.make_demo_dataset import plan, sound
+    from examples.make_demo_dataset import plan, samples
 
     train, test = plan(TRAIN + VAL, TEST, seed=0, copies=0)
     clips = [clip._replace(sample_rate=16_000, channels=1) for clip in (*train, *test)]
     captions = [describe(clip.piece, np.random.default_rng([9, number])) for number, clip in enumerate(clips)]
     encoder = MusiCNNModel(device="cpu")
-    vectors = [encoder.embed_windows(torch.from_numpy(sound(clip)).float()).half().numpy() for clip in clips]
+    vectors = [
+        encoder.embed_windows(torch.from_numpy(samples(clip).T / 32768).float()).half().numpy() for clip in clips
+    ]
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(FOLDER / "musicnn.npz", vectors=np.concatenate(vectors))
     (FOLDER / "captions.json").write_text(json.dumps(captions, indent=0) + "\n")
