@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from common.errors import UserError, run_script
 from examples.demo_captions import CHORD_WORDS, DRUM_WORDS, LEAD_WORDS
 from examples.demo_instruments import SAMPLE_RATE
-from examples.demo_music import Piece, draw_piece
+from examples.demo_music import STYLES, Piece, draw_piece
 from examples.make_demo_dataset import Clip, plan, samples
 
 MORE = 4  # beside 0 to 3, which make_demo_dataset.py draws with: pieces that are in no data set
@@ -42,11 +42,19 @@ def artist(piece: Piece) -> str:
     return ", ".join(dict.fromkeys(name for name in (*players, drums) if name))
 
 
+def customary_piece(rng: np.random.Generator) -> Piece:
+    """A random piece whose lead is one of its style's own, as in most people's libraries: no metal with a harp."""
+    while True:
+        piece = draw_piece(rng)
+        if piece.lead in STYLES[piece.style].leads:
+            return piece
+
+
 def songs(test: int, more: int, seed: int) -> list[Song]:
     """The test recordings of the data set with this seed, and `more` that are in none."""
     clips = plan(1, test, seed, 0)[1]  # these do not depend on how many train sources there are
     for place in range(more):
-        piece = draw_piece(np.random.default_rng([seed, MORE, place]))
+        piece = customary_piece(np.random.default_rng([seed, MORE, place]))
         clips.append(Clip("", piece, SAMPLE_RATE, 1))
     found = []
     for number, clip in enumerate(clips, start=1):
