@@ -42,7 +42,7 @@ echo "=== training MiniLM (with LoRA) for the trained encoder: musicnn"
 
 echo "=== training MiniLM for the random encoders: latent, muq and mert in one run, a head for each"
 "$here/train_all.sh" --joint "${short[@]}"
-echo "musicnn is a trained encoder; latent, muq and mert are random ones, as tiny as they are deaf."
+echo "musicnn is a trained encoder; latent, muq and mert have random weights."
 
 echo "=== queries, answered in musicnn's space with the test recordings, which no training has seen"
 "$PYTHON" "$here/examples/query_store.py" --checkpoint checkpoints/musicnn_best_r1.pt \

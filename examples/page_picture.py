@@ -24,10 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog='example: python -m examples.page_picture --query "calm piano"      (after make demo)',
+        epilog='example: python -m examples.page_picture --query "church organ" --out organ.png      (after make demo)',
     )
     add = parser.add_argument
-    add("--query", default="calm piano with soft strings", help="what is asked for (%(default)s)")
+    add("--query", default="fast electronic dance", help="what is asked for (%(default)s)")
     add("--checkpoint", default="demo/checkpoints/musicnn_best_r1.pt", metavar="FILE", help="(%(default)s)")
     add("--milvus-uri", default="demo/data/library.db", help="the library (%(default)s)")
     add("--size", default="880,640", metavar="WIDTH,HEIGHT", help="of the window in pixels (%(default)s)")
