@@ -39,11 +39,14 @@ def wait_until_ready(address: str, server: subprocess.Popen[str]) -> None:
     """Return once queries are answered; `UserError` where the server ends or takes too long."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline and server.poll() is None:
-        with urllib.request.urlopen(f"{address}api/status", timeout=60) as answer:
-            if json.load(answer)["state"] == "ready":
-                return
+        try:
+            with urllib.request.urlopen(f"{address}api/status", timeout=60) as answer:
+                if json.load(answer)["state"] == "ready":
+                    return
+        except OSError:
+            pass  # the server is ending, which the loop finds
         time.sleep(0.5)
-    raise UserError(f"{address}: expected a page that answers within {SECONDS} s; its output above says why not")
+    raise UserError(f"{address}: expected a page that answers within {SECONDS} s; search.py's output says why not")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             address = server.stdout.readline().split(" ")[0] if server.stdout else ""
             if not address.startswith("http"):
-                raise UserError(f"{args.milvus_uri}: expected a library that is served; the line above says why not")
+                raise UserError(f"{SEARCH}: expected the page's address, found none; its output says why")
             wait_until_ready(address, server)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
                 # virtual time: the picture is taken when nothing is left to load, as if this much had passed
