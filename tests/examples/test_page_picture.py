@@ -16,7 +16,7 @@ def test_without_chromium(monkeypatch):
 def test_a_server_that_does_not_start_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: "chromium")
     missing = str(tmp_path / "missing.db")
-    with pytest.raises(UserError, match="expected a page that answers|expected the page's address"):
+    with pytest.raises(UserError, match=r"expected (a page that answers|the page's address)"):
         page_picture.main(["--checkpoint", str(tmp_path / "missing.pt"), "--milvus-uri", missing])
 
 
