@@ -13,11 +13,19 @@ def test_without_chromium(monkeypatch):
         page_picture.main([])
 
 
-def test_a_server_that_does_not_start_is_one_line(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("raise SystemExit(1)", "expected the page's address, found none"),
+        ("print('http://127.0.0.1:9/  (Ctrl-C ends it)')", "expected a page that answers within"),
+    ],
+)
+def test_a_server_that_ends_is_one_line(monkeypatch, tmp_path, program, expected):
     monkeypatch.setattr(shutil, "which", lambda name: "chromium")
-    missing = str(tmp_path / "missing.db")
-    with pytest.raises(UserError, match=r"expected (a page that answers|the page's address)"):
-        page_picture.main(["--checkpoint", str(tmp_path / "missing.pt"), "--milvus-uri", missing])
+    monkeypatch.setattr(page_picture, "SEARCH", tmp_path / "search.py")
+    (tmp_path / "search.py").write_text(program)
+    with pytest.raises(UserError, match=expected):
+        page_picture.main([])
 
 
 def test_the_picture_in_the_repository_is_small(request):
