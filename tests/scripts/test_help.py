@@ -16,7 +16,8 @@ from music_library.milvus_index import INDEX_TYPES
 ROOT = Path(train.__file__).parent
 SCRIPTS = ("prepare_dataset", "train", "evaluate", "export", "index_library", "search")
 MODULES = (
-    "examples.make_demo_dataset", "examples.make_tiny_models", "examples.query_store",
+    "examples.make_demo_dataset", "examples.make_demo_library", "examples.make_tiny_models", "examples.page_picture",
+    "examples.query_store",
     "text_to_audio.measuring.report_page", "text_to_audio.measuring.summary",
 )  # fmt: skip
 
