@@ -6,7 +6,7 @@ Nothing is written. Lengths are what headers say, the time is that of a few of t
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from embedding_models.audio import AudioError
 from embedding_models.lengths import Lengths, SizedFile, estimate_lengths, evenly
 from embedding_models.pace import USUAL_FORMATS, Device, by_arithmetic, decoding_seconds, time_tracks, together
 from embedding_models.registry import EncoderSpec
-from music_library.milvus_index import SERVER_MAX_DIM
+from music_library.milvus_index import SERVER_MAX_DIM, IndexChoice
 from music_library.music_folder import MusicFolder, content_hash, read_tags, track_id
 from music_library.vector_files import DTYPE, VectorFiles
 
 TRIED = 20  # tracks that are timed at most
-# Milvus Lite, HNSW, 100,000 x 1536 on 2 CPU cores (docs/measurements.md, "Search"): seconds until the index was
-# confirmed, and bytes of memory at the peak
-MEASURED_ELEMENTS, MEASURED_SECONDS, MEASURED_MEMORY = 100_000 * 1536, 302, 5.1e9
+# Milvus Lite, 100,000 x 1536 on 2 CPU cores (docs/measurements.md, "Search"): seconds until an index was confirmed, and
+# bytes of memory at the peak
+MEASURED_ELEMENTS, MEASURED_MEMORY = 100_000 * 1536, 5.1e9
+MEASURED_SECONDS = {"HNSW": 302, "IVF_FLAT": 119, "FLAT": 132}
 _LINKS = 256  # bytes of a row in HNSW's graph: 2 x M = 64 links of four
 
 
@@ -60,6 +61,10 @@ class PlannedIndex:
         narrow = self.narrow or self.space.dim > SERVER_MAX_DIM
         return self.space.hidden_dim + 2 if narrow else self.space.dim
 
+    def kind_of(self, rows: int) -> str:
+        """The index type of a collection of so many rows."""
+        return IndexChoice(self.kind).resolved(rows, self.index_dim).kind
+
 
 @dataclass
 class FoundTracks:
@@ -68,6 +73,7 @@ class FoundTracks:
     all: list[SizedFile] = field(default_factory=list)
     todo: list[SizedFile] = field(default_factory=list)
     left_out: int = 0
+    moments: bool = False  # whether windows are kept, now or from before
 
 
 def plan_lines(index: PlannedIndex) -> Iterator[str]:
@@ -77,6 +83,7 @@ def plan_lines(index: PlannedIndex) -> Iterator[str]:
     found = look_at(index)
     if not found.all:
         raise UserError(f"{index.music}: expected audio files, found none")
+    index = replace(index, moments=found.moments)
     lengths, todo = estimate_lengths(found.all), estimate_lengths(found.todo)
     known = len(found.all) - len(found.todo)
     yield from named("tracks", f"{len(found.all):,} files, {gigabytes(sum(size for _, size in found.all))} in "
@@ -94,6 +101,7 @@ def look_at(index: PlannedIndex) -> FoundTracks:
     """Walk over the folder, as indexing does; a track of the size and time that are noted is known already."""
     found, catalogue = FoundTracks(), index.folder / index.space.name / "catalogue.sqlite"
     files = VectorFiles(index.folder, index.space.name) if catalogue.is_file() else None
+    found.moments = index.moments or (files is not None and files.holds_windows)
     for path, reason in MusicFolder(index.music):
         try:
             state = path.stat() if reason is None else None
@@ -104,7 +112,7 @@ def look_at(index: PlannedIndex) -> FoundTracks:
             continue
         found.all.append((path, state.st_size))
         known = files.find(id=track_id(path)) if files else None
-        if known and index.moments and not files.has_windows(known.id):
+        if known and found.moments and not files.has_windows(known.id):
             known = None
         if known is None or (known.size, known.mtime_ns) != (state.st_size, state.st_mtime_ns):
             found.todo.append((path, state.st_size))
@@ -127,11 +135,13 @@ def time_lines(index: PlannedIndex, files: list[SizedFile], lengths: Lengths) ->
     picked = [path for path, _ in evenly(files, TRIED)]
     seconds, device, origin = window_seconds(index, picked)
     embedding = seconds * lengths.windows + _looking_seconds(picked) * len(files)
-    rows = lengths.windows + len(files) if index.moments else len(files)
-    building = MEASURED_SECONDS * rows * index.index_dim / MEASURED_ELEMENTS
+    rows = [len(files), lengths.windows] if index.moments else [len(files)]
+    building = sum(MEASURED_SECONDS[index.kind_of(each)] * each for each in rows) * index.index_dim / MEASURED_ELEMENTS
     yield from named("time", f"about {_hours((embedding + building) / 3600)} on {device}, beside starting and loading")
     yield from named("", f"embedding {_spell(embedding)}: {seconds:.3g} s a window, {origin}{busy_note()}")
-    yield from named("", f"Milvus {_spell(building)}, going by {MEASURED_SECONDS} s for 100,000 x 1,536 on 2 CPU cores")
+    kinds = {index.kind_of(each) for each in rows}
+    measured = " and ".join(f"{MEASURED_SECONDS[kind]} s for {kind}" for kind in sorted(kinds))
+    yield from named("", f"Milvus {_spell(building)}, going by {measured} of 100,000 x 1,536 on 2 CPU cores")
 
 
 def window_seconds(index: PlannedIndex, paths: list[Path]) -> tuple[float, torch.device, str]:
@@ -175,11 +185,12 @@ def disk_lines(index: PlannedIndex, rows: list[int]) -> Iterator[str]:
     plain = sum(rows) * index.space.dim * DTYPE.itemsize
     narrow = index.index_dim != index.space.dim
     basis = index.space.dim * (index.space.hidden_dim + 1) * 4 if narrow else 0
-    indexed = sum(rows) * index_bytes(index.index_dim, index.kind)
+    indexed = sum(each * index_bytes(index.index_dim, index.kind_of(each)) for each in rows)
+    kinds = " and ".join(dict.fromkeys(index.kind_of(each) for each in rows))
     extra = f" + {gigabytes(basis)} for the narrow form's basis" if basis else ""
     free = gigabytes(free_bytes(index.folder))
     yield from named("disk", f"plain vectors {gigabytes(plain)}{extra} in {index.folder}, where {free} are free")
-    yield from named("", f"index {gigabytes(indexed)} in {index.uri} ({index.kind}, {index.index_dim:,} dimensions)")
+    yield from named("", f"index {gigabytes(indexed)} in {index.uri} ({kinds}, {index.index_dim:,} dimensions)")
 
 
 def index_bytes(dim: int, kind: str) -> int:
