@@ -111,12 +111,12 @@ def look_at(index: PlannedIndex) -> FoundTracks:
             found.left_out += 1
             continue
         found.all.append((path, state.st_size))
-        known = files.find(id=track_id(path)) if files else None
-        if known and found.moments and not files.has_windows(known.id):
+        known = files.find(id=track_id(path)) if files is not None else None
+        if files is not None and known and found.moments and not files.has_windows(known.id):
             known = None
         if known is None or (known.size, known.mtime_ns) != (state.st_size, state.st_mtime_ns):
             found.todo.append((path, state.st_size))
-    if files:
+    if files is not None:
         files.close()
     return found
 
