@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from logging import Logger
 from pathlib import Path
@@ -30,10 +30,13 @@ from preparing.shards import check_finished, discard, open_shard
 from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
 from store.reading import SPLITS, EmbeddingStore, StoreHeader
 from store.verifying import faults
+from text_to_audio.config import TrainingConfig
+from text_to_audio.planning.published import TEXT_MODELS, checkpoint_bytes
 
 LINE_EVERY = 60.0  # seconds between lines of progress in the log
 EXAMPLES = """examples:
   python prepare_dataset.py --plan
+  python prepare_dataset.py --limit 200 --output-dir data/trial
   python prepare_dataset.py --output-dir data/musicbench_embeddings --device cuda --dtype float32
   python prepare_dataset.py --dataset /data/MusicBench --encoders muq --dtype float16
   CUDA_VISIBLE_DEVICES=0 python prepare_dataset.py --split-id 0 --num-splits 2 &
@@ -73,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split-id", type=int, default=0, help="which shard this process computes, from 0 (%(default)s)")
     add("--num-splits", type=int, default=1, help="number of shards (%(default)s)")
     add("--overwrite", action="store_true", help="start anew over what is in --output-dir")
-    add("--plan", action="store_true", help="print time, disk, downloads and licences; fetch nothing")
+    add("--plan", action="store_true", help="print hours, disk, downloads and licences; fetch nothing")
     add("--verify", metavar="FILE", help="check a finished store and leave")
     return parser
 
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.verify)
     check_arguments(args)
     if args.plan:
-        for line in plan_lines(args):
+        for line in plan_lines(args, needed_for_training):
             print(line)
         return 0
     folder = Path(args.output_dir)
@@ -106,6 +109,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         log.error("stopped: %s", error)
         raise
+
+
+def needed_for_training(dims: Mapping[str, int]) -> dict[str, int]:
+    """What train.py will put on the disk by its defaults -> bytes, with a run for each space; dims: their widths."""
+    name, config = TrainingConfig.text_model, TrainingConfig
+    checkpoints = checkpoint_bytes(TEXT_MODELS[name], dims.values(), config.lora_rank, config.hidden_dim)
+    return {name: 2 * TEXT_MODELS[name].parameters, f"checkpoints of {', '.join(dims)}": checkpoints}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
