@@ -21,6 +21,7 @@ from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
 from embedding_models.precision import PRECISIONS, stored_type
 from embedding_models.registry import DEFAULTS, ENCODERS, add_encoder_flags, spec_from_flags
+from preparing.clips import noting_digests
 from preparing.log_lines import log_dataset, log_store
 from preparing.merging import finish
 from preparing.opening import open_dataset
@@ -188,7 +189,7 @@ def embed(
     if not rows:
         return
     dataset.clips.prepare()
-    size = dataset.clips.size_bytes
+    size, digests = dataset.clips.size_bytes, dict[str, bytes]()
     with (
         tqdm(total=total, initial=total - len(rows), unit="clip", desc="embedding") as bar,
         tqdm(total=size, unit="B", unit_scale=True, desc="reading", position=1, leave=False) as reading,
@@ -198,14 +199,14 @@ def embed(
         def write(finished: Finished) -> None:
             nonlocal next_line
             started = time.perf_counter()
-            settle(work, rows, finished, log)
+            settle(work, rows, digests, finished, log)
             seconds.write += time.perf_counter() - started
             bar.update(len(finished))
             if time.perf_counter() >= next_line:
                 log.debug("%s", bar)  # into the file alone, for `tail -f prepare_dataset.log`
                 next_line = time.perf_counter() + LINE_EVERY
 
-        batches = embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds)
+        batches = embed_clips(noting_digests(clips, digests), encoders, args.batch_size, args.num_workers, seconds)
         write_meanwhile(batches, write)
     mark_missing(work, rows, dataset, log)
 
@@ -222,14 +223,19 @@ def write_meanwhile(batches: Iterator[Finished], write: Callable[[Finished], Non
             writing.result()
 
 
-def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished, log: Logger) -> None:
-    """Write one batch's recordings, then their states; they leave `rows`."""
+def settle(
+    work: WorkFile, rows: dict[str, tuple[str, int]], digests: dict[str, bytes], finished: Finished, log: Logger
+) -> None:
+    """Write one batch's recordings, then their states; they leave `rows` and `digests`."""
     states = []
     for audio_id, result in finished:
         split, row = rows.pop(str(audio_id))
+        digest = digests.pop(str(audio_id), None)
         if isinstance(result, AudioError):
             reason, text = result.reason, str(result)
         elif all(work.write(split, row, encoder, vector) for encoder, vector in result.items()):
+            if digest is not None:
+                work.write_digest(split, row, digest)
             states.append((split, row, DONE))
             continue
         else:

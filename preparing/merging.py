@@ -7,7 +7,7 @@ import numpy as np
 
 from common.files import locked, publish, replacing, require_space
 from preparing.work_file import DONE, REASONS, TODO, WorkFile, any_shards, check_settings, shard_path, tail_is_cut
-from store.reading import SPLITS, EmbeddingStore, Split, vector_block
+from store.reading import SPLITS, EmbeddingStore, Split, digest_block, vector_block
 from store.writing import create_store, store_bytes, write_statistics
 
 
@@ -73,8 +73,10 @@ def _copy(shards: list[WorkFile], target: Path) -> None:
     with replacing(target) as beside:
         blocks = create_store(beside, header, splits, _skipped(shards))
         for name in SPLITS:
-            for encoder in header.encoders:
-                block = vector_block(name, encoder)
+            columns = [digest_block(name), *(vector_block(name, encoder) for encoder in header.encoders)]
+            for block in columns:
+                if not all(block in shard.blocks for shard in shards):
+                    continue  # digests, of which a shard of an older version has none
                 maps = [shard.blocks[block].map(shard.path) for shard in shards]
                 _copy_rows(maps, sources[name], blocks[block].map(beside, "r+"))
         write_statistics(beside, blocks, header.encoders)

@@ -24,6 +24,7 @@ from store.reading import (
     STATES,
     Split,
     StoreHeader,
+    digest_block,
     read_blocks,
     read_header,
     read_settings,
@@ -117,6 +118,12 @@ class WorkFile:
             raise ValueError(f"expected a vector of shape {block.shape[1:]}, found {stored.shape}")
         self._write(stored.data, block.offset + row * block.row_bytes)
         return True
+
+    def write_digest(self, split: str, row: int, digest: bytes) -> None:
+        """Write what identifies a recording's sound; a work file of an older version has no room for it."""
+        block = self.blocks.get(digest_block(split))
+        if block is not None:
+            self._write(digest, block.offset + row * block.row_bytes)
 
     def commit(self, rows: Iterable[tuple[str, int, int]]) -> None:
         """Set the states of (split, row, state) after what was written has reached the disk."""

@@ -1,6 +1,7 @@
 """prepare_dataset.py as a user runs it, on tiny encoders in the published formats."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -68,8 +69,8 @@ def assert_same_store(path, expected, tolerance=1e-5):
 
 
 def test_three_encoders_from_a_tar(prepare, tmp_path, tiny_models):
-    data = SmallMusicBench(train_sources=8, copies=1, test=3).write(tmp_path / "data")
-    assert prepare(data, encoders=("muq", "mert", "latent")) == 0
+    data_set = SmallMusicBench(train_sources=8, copies=1, test=3)
+    assert prepare(data_set.write(tmp_path / "data"), encoders=("muq", "mert", "latent")) == 0
     store = EmbeddingStore("out/embeddings.h5")
     assert list(store.encoders) == ["muq", "mert", "latent"]
     assert list(faults(store.path)) == []
@@ -83,6 +84,9 @@ def test_three_encoders_from_a_tar(prepare, tmp_path, tiny_models):
     expected = encoder.embed_file(tmp_path / "one.wav")
     found = store.vectors("test", "muq")[test.audio_id.index("data/source00008.wav")]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    for name in SPLITS:
+        for audio_id, digest in zip(store.split(name).audio_id, store.digests(name), strict=True):
+            assert digest.tobytes() == hashlib.blake2b(data_set.audio[audio_id], digest_size=16).digest()
     log = Path("prepare_dataset.log").read_text()
     assert "train" in log
     assert "skipped  none" in log
