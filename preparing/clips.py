@@ -6,7 +6,7 @@ import os
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Self, cast
 
@@ -43,19 +43,13 @@ def sound_digest(audio: bytes | Path) -> bytes | None:
         return None
 
 
-def noting_digests(
-    clips: Iterable[tuple[str, bytes | Path]], digests: dict[str, bytes]
-) -> Iterator[tuple[str, bytes | Path]]:
-    """Pass clips on, each after its digest was put into `digests` by its id."""
-    for audio_id, audio in clips:
-        digest = sound_digest(audio)
-        if digest is not None:
-            digests[audio_id] = digest
-        yield audio_id, audio
-
-
 class ClipSource(ABC):
-    """What the sources have in common; see `read`."""
+    """What the sources have in common; see `read`.
+
+    stable_ids: whether an audio id stays with its recording when the metadata change, as a path does.
+    """
+
+    stable_ids = True
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to fetch
         """Fetch what `read` needs and is not here yet."""

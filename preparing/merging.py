@@ -11,15 +11,23 @@ from store.reading import SPLITS, EmbeddingStore, Split, digest_block, vector_bl
 from store.writing import create_store, store_bytes, write_statistics
 
 
-def finish(folder: Path, num_splits: int, say: Callable[[str], None]) -> Path | None:
+def finish(
+    folder: Path,
+    num_splits: int,
+    say: Callable[[str], None],
+    is_made: Callable[[Path], bool] = Path.exists,
+) -> Path | None:
     """Write embeddings.h5 from the shards in `folder`; None while another shard is still being worked on.
 
     The shards are removed once the store is in place. Safe to call from several processes: the last one to
     settle its rows does the work, under a lock. Raises `UserError` where the disk is too full for the copy.
+
+    is_made: whether an embeddings.h5 that is there is the one the shards are for, and not the one before, which the
+    finished one replaces.
     """
     target = folder / "embeddings.h5"
     with locked(folder / "embeddings.merge.lock"):
-        if target.exists():
+        if target.exists() and is_made(target):
             remove_shards(folder)  # a process killed between its rename and its clean-up leaves them
             return target
         paths = [shard_path(folder, split_id, num_splits) for split_id in range(num_splits)]

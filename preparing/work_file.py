@@ -172,8 +172,8 @@ def tail_is_cut(path: Path) -> bool:
         return not file.read().startswith(_MAGIC)
 
 
-def check_settings(path: Path, found: dict, expected: dict) -> None:
+def check_settings(path: Path, found: dict, expected: dict, remedy: str = "--overwrite") -> None:
     """Raise `UserError` that lists where a shard's settings differ from this run's."""
     listing = differences({name: found.get(name) for name in expected}, expected)
     if listing:
-        raise UserError(f"{path}: was begun with other settings; use those, or --overwrite:{listing}")
+        raise UserError(f"{path}: was begun with other settings; use those, or {remedy}:{listing}")

@@ -67,8 +67,8 @@ def test_killed_at_many_instants(tmp_path, tiny_models, monkeypatch):
     assert run(0, "single") == 0
     Path("encoded").unlink()
     path, done, kills = Path("out/embeddings.shard-0-of-1.h5"), 0, 0
-    # A batch takes 10 calls: an offset below that dies within the first one, which must do no harm, above it goes on.
-    offsets = itertools.cycle([2, 5, 13, 9, 3, 12, 7, 11, 6, 8, 4, 13, 10, 12])
+    # A batch takes 14 calls: an offset below that dies within the first one, which must do no harm, above it goes on.
+    offsets = itertools.cycle([3, 7, 18, 12, 4, 17, 10, 15, 8, 11, 5, 18, 14, 17])
     finishing = itertools.count(1)  # once every row is done: before the first call of the finish, the second, ...
     while (status := run(next(offsets if done < recordings else finishing), "out")) != 0:
         assert status == -9
