@@ -21,8 +21,8 @@ from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
 from embedding_models.precision import PRECISIONS, stored_type
 from embedding_models.registry import DEFAULTS, ENCODERS, add_encoder_flags, spec_from_flags
-from preparing.changes import changes_since, check_replaceable
-from preparing.earlier_store import EarlierStore, Sources, gathered
+from preparing.changes import changes_since, check_replaceable, next_store_lines
+from preparing.earlier_store import EarlierStore, Sources, gathered, noted_precision
 from preparing.log_lines import log_dataset, log_store
 from preparing.merging import finish
 from preparing.opening import open_dataset
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.verify)
     check_arguments(args)
     if args.plan:
-        for line in plan_lines(args):
+        for line in [*plan_lines(args), *next_store_lines(args)]:
             print(line)
         return 0
     folder = Path(args.output_dir)
@@ -184,11 +184,8 @@ def earlier_store(
 
 
 def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argparse.Namespace) -> StoreHeader:
-    """Return the header of the store that this run makes.
-
-    TF32 is named in the encoders' entries: its vectors are stored as float32 and are not those of float32.
-    """
-    rounding = {"precision": "tf32"} if args.dtype == "tf32" else {}
+    """Return the header of the store that this run makes."""
+    rounding = noted_precision(args.dtype)
     entries = {
         encoder.name: {
             "id": encoder.model,

@@ -18,22 +18,26 @@ Place = tuple[str, int]  # split and row in the earlier store
 
 
 def holding_spaces(then: StoreHeader, now: StoreHeader) -> list[str]:
-    """The spaces of a run whose vectors in an earlier store hold: same encoder, revision and recipe, as precise."""
+    """The spaces of a run whose vectors in an earlier store hold: same encoder, revision and recipe, as precise.
+
+    What an entry of the run does not say, as before its encoder is loaded, is not compared.
+    """
     return [
         name
         for name, entry in now.encoders.items()
         if name in then.encoders
-        and _network(then.encoders[name]) == _network(entry)
+        and all(then.encoders[name].get(key) == value for key, value in entry.items() if key != "precision")
         and _precision(then, name) >= _precision(now, name)
     ]
 
 
-def _network(entry: dict) -> dict:
-    return {key: value for key, value in entry.items() if key != "precision"}
-
-
 def _precision(header: StoreHeader, space: str) -> int:
     return _PRECISIONS.index(header.encoders[space].get("precision", header.dtype))
+
+
+def noted_precision(precision: str) -> dict[str, str]:
+    """What an encoder's entry says of a run's precision: TF32 is stored as float32 and is not the same."""
+    return {"precision": "tf32"} if precision == "tf32" else {}
 
 
 class EarlierStore:
