@@ -180,6 +180,8 @@ def earlier_store(
     log.info("  its vectors hold in %s", ", ".join(earlier.spaces))
     if not earlier.has_digests:
         log.info("  it does not say which sound they are of: the data set's name, its revision and the id count")
+    if nameless := [name for name in earlier.spaces if name not in store.header.weights]:
+        log.info("  it does not say the weights of %s: the encoder's id and revision count", ", ".join(nameless))
     return earlier
 
 
@@ -197,7 +199,8 @@ def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argpar
         }
         for encoder in encoders
     }
-    return StoreHeader(dataset.name, dataset.revision, args.seed, stored_type(args.dtype), entries)
+    weights = {encoder.name: encoder.weights_digest() for encoder in encoders}
+    return StoreHeader(dataset.name, dataset.revision, args.seed, stored_type(args.dtype), entries, weights)
 
 
 def embed(

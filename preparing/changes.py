@@ -91,14 +91,14 @@ def check_replaceable(store: EmbeddingStore, header: StoreHeader, changes: Chang
     """Raise `UserError` where none of a store's vectors holds in the next one, or it would drop what nobody named."""
     instead = "use another --output-dir, or --overwrite"
     only_there = [name for name in store.encoders if name not in header.encoders]
-    if not holding_spaces(store.header, header):
-        lines = "".join(f"\n  {line}" for line in changes.lines())
-        raise UserError(f"{store.path}: none of its vectors holds for this run; {instead}:{lines}")
     if only_there:
         named = " and ".join(only_there)
         raise UserError(
             f"{store.path}: also holds {named}, which this run would drop; name all in --encoders, {instead}"
         )
+    if not holding_spaces(store.header, header):
+        lines = "".join(f"\n  {line}" for line in changes.lines())
+        raise UserError(f"{store.path}: none of its vectors holds for this run; {instead}:{lines}")
     if limit and changes.gone:
         raise UserError(
             f"{store.path}: this run, with --limit {limit}, would drop {changes.gone:,} of its "
@@ -109,6 +109,8 @@ def check_replaceable(store: EmbeddingStore, header: StoreHeader, changes: Chang
 def settings_changed(then: StoreHeader, now: StoreHeader) -> str:
     """Lines like those of `differences`, for what decides over a store's vectors and split."""
     made, asked = ({name: getattr(each, name) for name in ("encoders", "dtype", "seed")} for each in (then, now))
+    known = [name for name in now.weights if name in then.weights]
+    made["weights"], asked["weights"] = ({name: each.weights[name] for name in known} for each in (then, now))
     if then.dataset == now.dataset and None not in (then.revision, now.revision):
         made["revision of the data set"], asked["revision of the data set"] = then.revision, now.revision
     return differences(made, asked)

@@ -20,15 +20,21 @@ Place = tuple[str, int]  # split and row in the earlier store
 def holding_spaces(then: StoreHeader, now: StoreHeader) -> list[str]:
     """The spaces of a run whose vectors in an earlier store hold: same encoder, revision and recipe, as precise.
 
-    What an entry of the run does not say, as before its encoder is loaded, is not compared.
+    An encoder is the same by its weights where both say them, else by id and revision. What the run's entry does not
+    say, as before its encoder is loaded, is not compared.
     """
-    return [
-        name
-        for name, entry in now.encoders.items()
-        if name in then.encoders
-        and all(then.encoders[name].get(key) == value for key, value in entry.items() if key != "precision")
-        and _precision(then, name) >= _precision(now, name)
-    ]
+    return [name for name in now.encoders if name in then.encoders and _holds(then, now, name)]
+
+
+def _holds(then: StoreHeader, now: StoreHeader, space: str) -> bool:
+    left_out = {"precision"}
+    if space in then.weights and space in now.weights:
+        if then.weights[space] != now.weights[space]:
+            return False
+        left_out |= {"id", "revision"}
+    before, entry = then.encoders[space], now.encoders[space]
+    same = all(before.get(key) == value for key, value in entry.items() if key not in left_out)
+    return same and _precision(then, space) >= _precision(now, space)
 
 
 def _precision(header: StoreHeader, space: str) -> int:

@@ -57,6 +57,7 @@ def run_settings(header: StoreHeader, dataset: Dataset) -> dict:
     """What the runs that work on one store must agree in."""
     return {
         "encoders": header.encoders,
+        "weights": header.weights,
         "dtype": header.dtype,
         "seed": header.seed,
         "recordings": _digest(dataset),

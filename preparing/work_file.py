@@ -173,7 +173,11 @@ def tail_is_cut(path: Path) -> bool:
 
 
 def check_settings(path: Path, found: dict, expected: dict, remedy: str = "--overwrite") -> None:
-    """Raise `UserError` that lists where a shard's settings differ from this run's."""
+    """Raise `UserError` that lists where a shard's settings differ from this run's.
+
+    The weights are not compared with those of an older version's shard, which does not say them.
+    """
+    expected = {name: value for name, value in expected.items() if name in found or name != "weights"}
     listing = differences({name: found.get(name) for name in expected}, expected)
     if listing:
         raise UserError(f"{path}: was begun with other settings; use those, or {remedy}:{listing}")

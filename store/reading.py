@@ -4,7 +4,7 @@ One row per recording, captions point at their row. Vectors are contiguous and u
 maps them straight from the file: `numpy.memmap` at the data set's offset, several times faster than indexing
 through h5py.
 
-    /                     attrs: format, version, dataset, revision, seed, dtype, encoders (JSON)
+    /                     attrs: format, version, dataset, revision, seed, dtype, encoders and weights (JSON)
     /{train,val,test}/audio_id, source_id        (N,)  str
     /{train,val,test}/{encoder}_embeddings       (N, D) float32 | float16
     /{train,val,test}/audio_digest               (N, 16) uint8, of the bytes of the recording's file; zeros: not known
@@ -42,7 +42,8 @@ SPLITS = ("train", "val", "test")
 class StoreHeader:
     """What the whole file is made of; the root attributes.
 
-    `encoders` maps a space's name ("muq", ...) to {id, revision, dim, sample_rate, recipe}.
+    `encoders` maps a space's name ("muq", ...) to {id, revision, dim, sample_rate, recipe}; `weights` maps it to a
+    digest of the encoder's parameters, which stores of older versions do not have.
     """
 
     dataset: str
@@ -50,6 +51,7 @@ class StoreHeader:
     seed: int
     dtype: str
     encoders: dict[str, dict]
+    weights: dict[str, str] = field(default_factory=dict)
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -146,6 +148,7 @@ def _header(path: str | Path, file: h5py.File) -> StoreHeader:
         int(attributes["seed"]),
         attributes["dtype"],
         json.loads(attributes["encoders"]),
+        json.loads(file.attrs.get("weights", "{}")),
     )
 
 

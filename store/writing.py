@@ -82,6 +82,9 @@ def _write_attributes(file: h5py.File, header: StoreHeader) -> None:
         "revision": header.revision or "",
         "encoders": json.dumps(header.encoders),
     }
+    weights = attributes.pop("weights")
+    if weights:
+        attributes["weights"] = json.dumps(weights)
     for name, value in {"format": FORMAT, "version": VERSION, **attributes}.items():
         file.attrs[name] = value
 

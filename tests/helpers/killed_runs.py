@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -23,13 +24,17 @@ from store.verifying import faults
 ROOT = Path(__file__).parents[2]
 
 # For each line [N, flags] that it reads: a run in a process of its own, killed before its N-th call that changes files;
-# prints the exit status. Forking saves the imports of every run. Files: `encoded` has the windows of every batch,
+# prints the exit status. Forking saves the imports of every run, those of the encoders named on its command line too. Files: `encoded` has the windows of every batch,
 # `calls` how many such calls the last whole run made.
 _SERVER = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import prepare_dataset
 from embedding_models.base import AudioEmbeddingModel
+from embedding_models.registry import ENCODERS
+
+for name in sys.argv[2:]:
+    ENCODERS[name].load_class()
 
 def run(fatal, flags):
     calls, encoded = [], open("encoded", "a")
@@ -67,11 +72,11 @@ for line in sys.stdin:
 
 
 class KilledRuns:
-    """prepare_dataset.py with flags that all runs have in common, in the working directory."""
+    """prepare_dataset.py with flags that all runs have in common, in the working directory; they use `encoders`."""
 
-    def __init__(self, flags: list[str]):
+    def __init__(self, flags: list[str], *encoders: str):
         self._flags = flags
-        command = [sys.executable, "-c", _SERVER, str(ROOT)]
+        command = [sys.executable, "-c", _SERVER, str(ROOT), *encoders]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self._to, self._from = cast(TextIO, self._server.stdin), cast(TextIO, self._server.stdout)
 
@@ -133,15 +138,15 @@ def assert_same(path: Path, expected: Path, old: Path) -> None:
     assert list(faults(path)) == []
 
 
-def grow_and_kill(flags: list[str], kills: int, seed: int) -> list[str]:
+def grow_and_kill(flags: list[str], kills: int, seed: int) -> Iterator[str]:
     """Kill a run that makes a grown store from a finished one at random instants, each time from the beginning.
 
-    Then the same command runs to its end. Returns a line for each kill: the call, the files that were there, and how
+    Then the same command runs to its end. Yields a line for each kill: the call, the files that were there, and how
     many windows were encoded in both runs together. Raises AssertionError where anything is lost.
     """
     write_table(12, edited=False)
     before, whole = Path("before/embeddings.h5"), Path("whole/embeddings.h5")
-    runs = KilledRuns([*flags, "--dataset", "table.jsonl"])
+    runs = KilledRuns([*flags, "--dataset", "table.jsonl"], "muq", "latent")
     assert runs.run(0, "--output-dir", "before", "--encoders", "muq") == 0
     old = before.read_bytes()
     write_table(18, edited=True)
@@ -150,7 +155,6 @@ def grow_and_kill(flags: list[str], kills: int, seed: int) -> list[str]:
     runs.encoded()
     assert runs.run(0, "--output-dir", "whole", *grown) == 0
     needed, calls = runs.encoded(), int(Path("calls").read_text())
-    lines = []
     assert needed == 6 + 18
     instants = random.Random(seed)
     for number in range(kills):
@@ -170,10 +174,9 @@ def grow_and_kill(flags: list[str], kills: int, seed: int) -> list[str]:
         assert [path.name for path in Path(output).iterdir() if path.suffix != ".lock"] == ["embeddings.h5"]
         encoded = runs.encoded()
         assert needed <= encoded <= needed + 2 * 2 * 4  # two batches of four in each of two encoders
-        lines.append(f"before call {fatal} of {calls}: {there}; {encoded} windows encoded, {needed} without the kill")
+        yield f"before call {fatal} of {calls}: {there}; {encoded} windows encoded, {needed} without the kill"
         shutil.rmtree(output)
     runs.close()
-    return lines
 
 
 def main() -> None:

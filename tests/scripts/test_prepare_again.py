@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from test_prepare_dataset import arguments
 
 import prepare_dataset
@@ -249,3 +250,46 @@ def test_a_pinned_data_set_is_not_read_for_what_is_there(prepare, monkeypatch):
     assert "an edited caption" in captions_by_id()[rows[0]["location"]]
     digests = np.concatenate([EmbeddingStore(STORE).digests(name) for name in SPLITS])
     assert digests.any(axis=1).all()  # they went along
+
+
+def test_the_plan_says_what_is_taken_and_what_computed(prepare, capsys):
+    def plan(*flags, encoders=("muq",)):
+        capsys.readouterr()
+        prepare(table.write(), "--plan", *flags, encoders=encoders)
+        return capsys.readouterr().out
+
+    table = Table(10)
+    assert "vectors taken" not in plan()
+    prepare(table.write())
+    before = STORE.read_bytes()
+    assert f"{STORE} is what this run makes: nothing is computed" in plan()
+    table.add([10, 11])
+    table.captions["song 3.wav"] = ["song 3", "an edited caption"]
+    said = plan(encoders=("muq", "musicnn"))
+    assert "recordings: 2 new; captions of the others: 1 changed" in said
+    assert "vectors taken: muq 10" in said
+    assert "vectors computed: muq 2, musicnn 12" in said
+    assert "vectors taken: muq 10\n            vectors computed: muq 2\n" in plan("--dtype", "float16")
+    with pytest.raises(UserError, match="also holds muq"):
+        plan(encoders=("musicnn",))
+    assert STORE.read_bytes() == before
+    size = float(said.split("the new one takes ")[1].split(" GB")[0])
+    prepare(table.write(), encoders=("muq", "musicnn"))
+    assert os.path.getsize(STORE) / 1e9 == pytest.approx(size, abs=0.001)
+
+
+def test_an_encoder_is_known_by_its_weights(prepare, tiny_models):
+    table = Table(10).write()
+    shutil.copytree(tiny_models, "models")
+    first = ("--muq-model", "models/muq_mulan", "--muq-backbone", "models/muq_large")
+    prepare(table, *first)
+    shutil.move("models", "elsewhere")
+    moved = ("--muq-model", "elsewhere/muq_mulan", "--muq-backbone", "elsewhere/muq_large")
+    assert prepare(table, *moved) == {}
+    weights = Path("elsewhere/muq_mulan/model.safetensors")
+    tensors = load_file(weights)
+    save_file(
+        {name: tensor * 1.5 if "audio_to_latents" in name else tensor for name, tensor in tensors.items()}, weights
+    )
+    with pytest.raises(UserError, match=r"none of its vectors holds for this run; .*\n  weights muq: "):
+        prepare(table, *moved)

@@ -16,7 +16,7 @@ def test_killed_at_many_instants(tmp_path, tiny_models, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = SmallMusicBench(train_sources=20, copies=1, test=5).write(tmp_path / "data")
     recordings, batch = 45, 4
-    runs = KilledRuns(arguments(tiny_models, folder))
+    runs = KilledRuns(arguments(tiny_models, folder), "muq")
     assert runs.run(0, "--output-dir", "single") == 0
     runs.encoded()
     path, done, kills = Path("out/embeddings.shard-0-of-1.h5"), 0, 0
@@ -45,4 +45,4 @@ def test_a_store_that_grows_loses_nothing_when_killed(tmp_path, tiny_models, mon
     monkeypatch.chdir(tmp_path)
     flags = ["--device", "cpu", "--batch-size", "4", "--latent-model", str(tiny_models / "music2latent")]
     flags += ["--muq-model", str(tiny_models / "muq_mulan"), "--muq-backbone", str(tiny_models / "muq_large")]
-    assert len(grow_and_kill(flags, kills=3, seed=1)) == 3
+    assert len(list(grow_and_kill(flags, kills=3, seed=1))) == 3
