@@ -24,8 +24,8 @@ from store.verifying import faults
 ROOT = Path(__file__).parents[2]
 
 # For each line [N, flags] that it reads: a run in a process of its own, killed before its N-th call that changes files;
-# prints the exit status. Forking saves the imports of every run, those of the encoders named on its command line too. Files: `encoded` has the windows of every batch,
-# `calls` how many such calls the last whole run made.
+# prints the exit status. Forking saves the imports of every run, those of the encoders named on its command line too.
+# Files: `encoded` has the windows of every batch, `calls` how many such calls the last whole run made.
 _SERVER = """
 import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
