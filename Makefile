@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test check types clean
+.PHONY: help demo test check clean
 
 help:  ## print these lines
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -38,11 +38,9 @@ demo: $(VENV)/.installed  ## the whole way on rendered music, into demo/ (7 to 1
 test: $(VENV)/.installed-for-tests  ## the tests, as CI runs them
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
-check: $(VENV)/.installed-for-tests  ## style: ruff, its checks and its format
+check: $(VENV)/.installed-for-tests  ## style and types: ruff, its checks and its format, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: $(VENV)/.installed-for-tests  ## types: mypy
 	$(BIN)/mypy
 
 clean:  ## remove what these made: environments, demo/, demo-ablation/, caches

@@ -6,12 +6,19 @@
 
 A row is written and flushed to disk before the catalogue names it, and no row that the catalogue names is ever
 written over: a process killed at any instant leaves whole tracks alone.
+
+SQLite has no checksums: a flipped bit in a path or in an index would be read as it is. So a writer that ends notes the
+CRC-32 of the whole catalogue in SQLite's own field for a user's number (user_version), and every change sets that to 0.
+What was written by an older version, or by a process that was killed, has 0 there and is read without a check.
 """
 
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +26,9 @@ import numpy as np
 from common.errors import UserError
 
 DTYPE = np.dtype("<f2")
+# (offset, bytes) in the header that noting the checksum changes: SQLite's counter of changes, the checksum itself,
+# the counter once more with SQLite's version
+_NOT_COUNTED = ((24, 4), (60, 4), (92, 8))
 _SPACE_KEYS = ("space", "dim", "recipe", "encoder", "revision")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -83,10 +93,16 @@ class VectorFiles:
             raise UserError(f"{self.folder}: no plain vectors there; expected those that index_library.py keeps")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(catalogue, timeout=60)
+        self._notes_checksum = False
         try:
+            status = catalogue.stat()
+            noted = _is_as_noted(catalogue, status.st_ino, status.st_size, status.st_mtime_ns)
             if about is not None:
+                if not noted:
+                    self._require_sound()
                 self._database.executescript(_TABLES)
                 self._settle(about)
+                self._notes_checksum |= not noted
             self.about = self._read_about()
             self.dim = int(self.about["dim"])
             self._version = self._highest_version()
@@ -94,18 +110,25 @@ class VectorFiles:
             raise UserError(f"{catalogue}: expected a catalogue of index_library.py ({error})") from error
         self._free: dict[str, Iterator[int]] = {}
 
+    def _require_sound(self) -> None:
+        """`ValueError` where SQLite finds fault with a catalogue that has no checksum and is about to be given one."""
+        ((found,),) = self._database.execute("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise ValueError(" ".join(found.split()))
+
     def _settle(self, about: dict) -> None:
         """Note what the vectors are, or check that they are it."""
-        with self._database:
-            found = dict(self._database.execute("SELECT key, value FROM meta"))
-            wanted = {key: str(about.get(key) or "") for key in _SPACE_KEYS}
-            for key, value in wanted.items():
-                if found and found.get(key) != value:
-                    raise UserError(
-                        f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to "
-                        f"be computed again: remove that folder, or name another with --vectors-dir"
-                    )
-            self._database.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", wanted.items())
+        found = self._read_about()
+        wanted = {key: str(about.get(key) or "") for key in _SPACE_KEYS}
+        for key, value in wanted.items():
+            if found and found.get(key) != value:
+                raise UserError(
+                    f"{self.folder}: holds vectors of {key} {found.get(key)!r}, expected {value!r}; they have to "
+                    f"be computed again: remove that folder, or name another with --vectors-dir"
+                )
+        if not found:
+            with self._changing():
+                self._database.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", wanted.items())
 
     def _read_about(self) -> dict:
         return dict(self._database.execute("SELECT key, value FROM meta"))
@@ -115,13 +138,25 @@ class VectorFiles:
         return max(self._database.execute(highest + table).fetchone()[0] or 0 for table in ("tracks", "windows"))
 
     def close(self) -> None:
-        """Close the catalogue."""
-        self._database.close()
+        """Close the catalogue; where it was changed, note its checksum. `UserError` where that cannot be written."""
+        notes, self._notes_checksum = self._notes_checksum, False
+        with closing(self._database):
+            if notes:
+                self._note_checksum()
+
+    def _note_checksum(self) -> None:
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute(f"PRAGMA user_version = {_checksum(self._database)}")
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.folder / 'catalogue.sqlite'}: could not be written ({error})") from error
 
     def __enter__(self) -> "VectorFiles":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        self._notes_checksum &= not isinstance(error, sqlite3.DatabaseError)  # what is damaged is not to look whole
         self.close()
 
     # reading
@@ -131,6 +166,7 @@ class VectorFiles:
         try:
             yield from self._database.execute(query, values)
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter from what SQLite says of the damage
+            self._notes_checksum = False
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.folder / 'catalogue.sqlite'}: expected a catalogue of index_library.py, found a damaged one "
@@ -193,6 +229,15 @@ class VectorFiles:
 
     # writing
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A transaction, with which the checksum goes; `close` notes a new one."""
+        self._notes_checksum = True
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute("PRAGMA user_version = 0")
+            yield
+
     def write(self, name: str, vectors: np.ndarray) -> list[int]:
         """Write vectors (n, dim) to free rows of "vectors" or "windows"; they count once `put` names them.
 
@@ -228,7 +273,7 @@ class VectorFiles:
         Rows that become free are used again by a later run only, when nothing can refer to them.
         """
         self._version += 1
-        with self._database:
+        with self._changing():
             values = (*astuple(track)[:-1], self._version)
             self._database.execute(f"INSERT OR REPLACE INTO tracks ({_COLUMNS}) VALUES ({_MARKS})", values)
             if windows is not None:
@@ -239,7 +284,7 @@ class VectorFiles:
     def rename(self, old: int, new: int, path: str) -> None:
         """Give a track, with its windows, another id and path."""
         self._version += 1
-        with self._database:
+        with self._changing():
             self._database.execute(
                 "UPDATE tracks SET id = ?, path = ?, version = ? WHERE id = ?", (new, path, self._version, old)
             )
@@ -249,10 +294,33 @@ class VectorFiles:
 
     def remove(self, ids: Iterable[int]) -> None:
         """Take tracks and their windows out of the catalogue."""
-        with self._database:
+        with self._changing():
             for each in ids:
                 self._database.execute("DELETE FROM tracks WHERE id = ?", (each,))
                 self._database.execute("DELETE FROM windows WHERE track = ?", (each,))
+
+
+@lru_cache(maxsize=64)
+def _is_as_noted(path: Path, _inode: int, _size: int, _mtime_ns: int) -> bool:
+    """Whether a catalogue is as its checksum says, looked at once for a file that nobody touches; False without one.
+
+    Raises `ValueError` where it differs.
+    """
+    with closing(sqlite3.connect(path, timeout=60)) as database:
+        database.execute("BEGIN")  # so that a writer waits
+        (noted,) = database.execute("PRAGMA user_version").fetchone()
+        if noted and noted != _checksum(database):
+            raise ValueError("damaged: its checksum differs")
+    return bool(noted)
+
+
+def _checksum(database: sqlite3.Connection) -> int:
+    """The CRC-32 of a database as SQLite keeps it in user_version: signed, and not 0."""
+    content, crc, start = memoryview(database.serialize()), 0, 0
+    for offset, size in _NOT_COUNTED:
+        crc, start = zlib.crc32(content[start:offset], crc), offset + size
+    crc = zlib.crc32(content[start:], crc) or 1
+    return crc - (1 << 32) if crc >> 31 else crc
 
 
 def _count_from(number: int) -> Iterator[int]:

@@ -221,6 +221,10 @@ class EmbeddingStore:
         self.path = Path(path)
         self.header = read_header(self.path)
         self._blocks = read_blocks(self.path)
+        self._splits: dict[str, Split] = {}
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_splits": {}}  # another process reads the strings it needs
 
     @property
     def encoders(self) -> dict[str, dict]:
@@ -237,8 +241,10 @@ class EmbeddingStore:
         return self.encoders[encoder]["dim"]
 
     def split(self, name: str) -> Split:
-        """The strings of "train", "val" or "test"."""
-        return read_split(self.path, name)
+        """The strings of "train", "val" or "test", read once: to be left as they are."""
+        if name not in self._splits:
+            self._splits[name] = read_split(self.path, name)
+        return self._splits[name]
 
     def vectors(self, split: str, encoder: str) -> np.ndarray:
         """A split's vectors, (N, D) float32 or float16, mapped read-only."""

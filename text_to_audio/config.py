@@ -13,6 +13,7 @@ import torch
 from common.device import choose_device
 from common.errors import UserError
 
+Pooling = Literal["last", "mean", "cls"]
 TEMPERATURE_RANGE = (0.01, 1.0)  # CLIP's bounds for a learnt one
 
 
@@ -42,7 +43,7 @@ class TrainingConfig:
     """width of the audio space, read from the store"""
     instruction: str = "auto"
     """task put before each text as Qwen3-Embedding wants it; auto: for Qwen only; "": none; else the task's text"""
-    pooling: Literal["auto", "last", "mean", "cls"] = "auto"
+    pooling: Literal["auto", Pooling] = "auto"
     """how tokens become one vector; auto: as the model's own 1_Pooling/config.json says, else the mean for models that
     look both ways and the last token for the others; a run's checkpoints say which it was"""
     max_length: int = 192
@@ -122,7 +123,7 @@ class TrainingConfig:
     save_every_steps: int = 0
     """also save NAME_last.pt after every so many optimizer steps; 0: at the end of each epoch alone"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.compile, bool):  # as configs had it
             self.compile = "on" if self.compile else "off"
 

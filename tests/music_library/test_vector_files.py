@@ -1,6 +1,9 @@
 """The plain vectors kept beside an index, and the walk over a folder."""
 
 import os
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from music_library.music_folder import MusicFolder, Tags, content_hash, read_tag
 from music_library.vector_files import Track, VectorFiles, vectors_folder
 
 DATA = Path(__file__).parents[1] / "data/cases"
+OLD = Path(__file__).parents[1] / "data/written_by_1a63506/library.vectors"
 ABOUT = {"space": "muq", "dim": 4, "recipe": "r1", "encoder": "some/model", "revision": None}
 
 
@@ -55,6 +59,77 @@ def test_free_rows_are_used_by_a_later_run_and_named_rows_never(tmp_path):
         assert all((files.vectors[each.row] == each.id).all() for each in files.tracks())
         assert all((files.windows[w.row] == w.track + 0.5).all() for w in files.windows_of())
         assert min(each.version for each in files.tracks() if each.id >= 7) > max(versions)
+
+
+def misspell(catalogue):
+    """Flip a bit of a path in the table and in the index, which SQLite reads back as it is."""
+    content = catalogue.read_bytes()
+    assert content.count(b"/m/2.wav") == 2
+    catalogue.write_bytes(content.replace(b"/m/2.wav", b"/m/2.waw"))
+
+
+def test_a_misspelt_catalogue_is_one_line_for_readers_and_writers(tmp_path):
+    catalogue = tmp_path / "muq/catalogue.sqlite"
+    with VectorFiles(tmp_path, "muq", ABOUT) as files:
+        for number in (1, 2):
+            add(files, number)
+    misspell(catalogue)
+    for about in (None, ABOUT):
+        with pytest.raises(UserError, match=r"catalogue\.sqlite: expected a catalogue .*its checksum differs"):
+            VectorFiles(tmp_path, "muq", about)
+
+
+def test_a_reader_beside_a_writer_and_a_killed_writer_leave_no_false_alarm(tmp_path):
+    writer = VectorFiles(tmp_path, "muq", ABOUT)
+    add(writer, 1)
+    with VectorFiles(tmp_path, "muq") as reader:
+        assert len(reader) == 1
+    shutil.copytree(tmp_path / "muq", tmp_path / "killed/muq")  # as a writer that is killed here leaves it
+    writer.close()
+    with VectorFiles(tmp_path / "killed", "muq", ABOUT) as again:
+        add(again, 2)
+    catalogue = tmp_path / "killed/muq/catalogue.sqlite"
+    with VectorFiles(tmp_path / "killed", "muq") as reader:
+        assert [each.id for each in reader.tracks()] == [1, 2]
+    misspell(catalogue)
+    with pytest.raises(UserError, match="its checksum differs"):
+        VectorFiles(tmp_path / "killed", "muq")
+
+
+def test_a_writer_that_meets_damage_notes_no_checksum(tmp_path, monkeypatch):
+    with VectorFiles(tmp_path, "muq", ABOUT) as files:
+        add(files, 1)
+    damage = sqlite3.DatabaseError("database disk image is malformed")
+    with pytest.raises(sqlite3.DatabaseError), VectorFiles(tmp_path, "muq", ABOUT) as files:
+        add(files, 2)
+        raise damage
+    with closing(sqlite3.connect(tmp_path / "muq/catalogue.sqlite")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (0,)
+
+
+def test_an_old_catalogue_has_no_checksum_until_it_is_written_to(tmp_path):
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    with VectorFiles(tmp_path, "muq") as files:
+        before, about = list(files.tracks()), files.about
+    VectorFiles(tmp_path, "muq", about).close()
+    with VectorFiles(tmp_path, "muq") as files:
+        assert list(files.tracks()) == before
+    catalogue = tmp_path / "muq/catalogue.sqlite"
+    catalogue.write_bytes(catalogue.read_bytes().replace(b"track 1", b"track 7"))
+    with pytest.raises(UserError, match="its checksum differs"):
+        VectorFiles(tmp_path, "muq")
+
+
+def test_an_old_catalogue_that_sqlite_finds_fault_with_is_given_no_checksum(tmp_path):
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    with VectorFiles(tmp_path, "muq") as files:
+        about = files.about
+    catalogue = tmp_path / "muq/catalogue.sqlite"
+    content = catalogue.read_bytes()
+    at = content.index(b"track 1")
+    catalogue.write_bytes(content[:at] + b"track 7" + content[at + 7 :])  # in one of the table and its index
+    with pytest.raises(UserError, match=r"catalogue\.sqlite: expected a catalogue of index_library\.py"):
+        VectorFiles(tmp_path, "muq", about)
 
 
 def test_vectors_of_something_else_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Every training recording as a candidate of every text: held or streamed in tiles, and the loss against them all."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import psutil
@@ -27,6 +28,19 @@ def bank_place(nbytes: int, device: torch.device) -> str:
     return "host" if nbytes <= psutil.virtual_memory().available / 2 else "file"
 
 
+class VectorBlocks(Protocol):
+    """Audio vectors (recordings, dim) of which a block of rows can be had, as of `AudioVectors`."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the space."""
+
+    def __len__(self) -> int: ...
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`."""
+
+
 class AudioBank:
     """The N recordings of a split as unit vectors in the standardised space, given out in tiles.
 
@@ -36,7 +50,7 @@ class AudioBank:
 
     def __init__(
         self,
-        vectors: AudioVectors,
+        vectors: VectorBlocks,
         source: np.ndarray,
         projection: ProjectionHead,
         dtype: torch.dtype,

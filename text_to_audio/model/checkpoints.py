@@ -62,16 +62,17 @@ def _reason(error: Exception) -> str:
     return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
 
 
-def read_checkpoint(path: str | Path, needed: set[str] = MODEL) -> dict:
+def read_checkpoint(path: str | Path, needed: set[str] = MODEL, mapped: bool = False) -> dict:
     """The contents of a checkpoint, on the CPU; `UserError` where it is missing, cut off or something else.
 
-    needed: what must be in it, by default what it takes to use the model.
+    needed: what must be in it, by default what it takes to use the model. mapped: its tensors stay in the file, for who
+    wants to know whose it is and has no use for hundreds of megabytes.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint written by train.py")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a cut or foreign file fails in as many ways as it can be broken
         raise UserError(
             f"{path}: expected a checkpoint written by train.py, found a file that torch cannot load "

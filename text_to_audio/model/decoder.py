@@ -3,7 +3,7 @@
 Its pieces have their backward pass by hand, which keeps less and launches less than the one that autograd makes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension (Zhang and Sennrich 2019), the weight frozen."""
 
     @staticmethod
-    def forward(ctx, x, weight, epsilon):
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
         wide = _wide(x)
         factor = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         unit = _as(wide * factor, x.dtype)
@@ -59,7 +59,7 @@ class RMSNorm(torch.autograd.Function):
         return unit if weight is None else unit * weight
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         unit, factor, weight = ctx.saved_tensors
         grad = _wide(grad if weight is None else grad * weight)
         along = (grad * unit).mean(-1, keepdim=True)
@@ -85,12 +85,12 @@ class Rotary(torch.autograd.Function):
     """Rotary position embedding (Su et al. 2021) of (..., head_dim): x cos + roll(x) sin, the halves' signs in sin."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1)), None, None
 
@@ -99,13 +99,13 @@ class SwiGLU(torch.autograd.Function):
     """silu(gate) * up (Shazeer 2020) of (tokens, 2 x width), the gate first; keeps its input alone."""
 
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), -1)

@@ -6,12 +6,14 @@ The PEFT model keeps its modules, names and weights; only what is computed with 
 from collections.abc import Callable
 from functools import partial
 from itertools import islice, repeat
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from common.errors import UserError
 from text_to_audio.model.decoder import LayerShape, LayerWeights, Projection, decoder_layer, rotary_tables
@@ -20,7 +22,8 @@ from text_to_audio.model.lora import ADAPTER, LoraCopies, LoraGroup, LoraProject
 # layers that compute what `decoder_layer` does, where they have the parts that it knows
 DECODERS = ("Qwen3DecoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer")
 
-COMPILED = {"fallback_random": True}  # torch's own random numbers: dropout is that of layers that are not compiled
+# torch's own random numbers: dropout is that of layers that are not compiled
+COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 
 
 class ForwardPass(Protocol):
@@ -33,7 +36,52 @@ class ForwardPass(Protocol):
         """Take the weights from where they are now; to be called after each move of the model."""
 
 
-def forward_pass(model: nn.Module, recomputed: int, compiled: bool) -> ForwardPass:
+class Attention(Protocol):
+    """What is used of a decoder layer's attention. Of some families it has q_norm and k_norm too."""
+
+    q_proj: LoraLinear
+    k_proj: LoraLinear
+    v_proj: LoraLinear
+    o_proj: LoraLinear
+    config: PretrainedConfig
+    head_dim: int
+    scaling: float
+
+
+class GatedMLP(Protocol):
+    """What is used of a decoder layer's other half."""
+
+    gate_proj: LoraLinear
+    up_proj: LoraLinear
+    down_proj: LoraLinear
+    act_fn: nn.Module
+
+
+class Norm(Protocol):
+    """What is used of transformers' RMSNorm, which each family defines anew."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+
+class DecoderLayer(Protocol):
+    """What a layer of one of `DECODERS` has; torch's own types say of no module what is in it."""
+
+    self_attn: Attention
+    mlp: GatedMLP
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+
+
+class Decoder(Protocol):
+    """What is used of a backbone whose layers are such."""
+
+    embed_tokens: nn.Embedding
+    rotary_emb: nn.Module
+    norm: nn.Module
+
+
+def forward_pass(model: PeftModel, recomputed: int, compiled: bool) -> ForwardPass:
     """That of a PEFT model. recomputed: layers whose activations are computed anew in the backward pass."""
     backbone = model.get_base_model()
     return (DecoderPass if compiles_by_layer(backbone) else ModulePass)(model, recomputed, compiled)
@@ -52,13 +100,14 @@ def compiles_by_layer(backbone: nn.Module) -> bool:
     return bool(layers) and hasattr(backbone, "rotary_emb") and all(_is_known(layer) for layer in layers)
 
 
-def _is_known(layer: nn.Module) -> bool:
-    if type(layer).__name__ not in DECODERS:
+def _is_known(module: nn.Module) -> bool:
+    if type(module).__name__ not in DECODERS:
         return False
+    layer = cast(DecoderLayer, module)
     attention, mlp = layer.self_attn, layer.mlp
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_fn"}
     return (
-        {name for name, _ in attention.named_children()} <= known
+        {name for name, _ in module.get_submodule("self_attn").named_children()} <= known
         and getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is None
         and not getattr(attention, "attention_dropout", 0.0)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
@@ -69,10 +118,11 @@ def _is_known(layer: nn.Module) -> bool:
 class DecoderPass:
     """A decoder by `decoder_layer`, which is compiled once for all layers, and in training alone."""
 
-    def __init__(self, model: nn.Module, recomputed: int, compiled: bool):
-        self.backbone = model.get_base_model()
+    def __init__(self, model: PeftModel, recomputed: int, compiled: bool):
+        backbone = model.get_base_model()
+        self.backbone = cast(Decoder, backbone)
         self.recomputed = recomputed
-        self.layers = layers_of(self.backbone)
+        self.layers = cast(list[DecoderLayer], layers_of(backbone))
         first = self.layers[0].self_attn
         self.dropout = _dropout(first.q_proj)
         self.groups = [
@@ -97,10 +147,12 @@ class DecoderPass:
             group.tie()
         self.norms = [self._norms(layer) for layer in self.layers]
 
-    def _norms(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _norms(self, layer: DecoderLayer) -> tuple[Tensor, Tensor | None, Tensor]:
         of_heads = None
-        if hasattr(layer.self_attn, "q_norm"):
-            q, k = layer.self_attn.q_norm.weight.detach(), layer.self_attn.k_norm.weight.detach()
+        q_norm: Norm | None = getattr(layer.self_attn, "q_norm", None)
+        k_norm: Norm | None = getattr(layer.self_attn, "k_norm", None)
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm.weight.detach(), k_norm.weight.detach()
             of_heads = torch.cat((q.expand(self.shape.heads, -1), k.expand(self.shape.groups, -1)))
         return layer.input_layernorm.weight.detach(), of_heads, layer.post_attention_layernorm.weight.detach()
 
@@ -133,7 +185,7 @@ class DecoderPass:
 class ModulePass:
     """A model by its own modules, of which LoRA's layers compute in few kernels."""
 
-    def __init__(self, model: nn.Module, recomputed: int, compiled: bool):
+    def __init__(self, model: PeftModel, recomputed: int, compiled: bool):
         self.backbone = model.get_base_model()
         linear = [
             each
@@ -144,7 +196,8 @@ class ModulePass:
         self.copies = LoraCopies(self.groups)
         self.current: list[tuple[Tensor, Tensor]] = []
         for number, each in enumerate(linear):
-            each.forward = partial(self._project, number, each)
+            module: nn.Module = each  # of which `forward` is a value, where in a class below it is a method
+            module.forward = partial(self._project, number, each)
         if compiled and recomputed:
             raise UserError(
                 "--compile on: expected --gradient-checkpointing off, since the layers of this text model are compiled "
@@ -160,7 +213,7 @@ class ModulePass:
         for group in self.groups:
             group.tie()
 
-    def _project(self, number: int, layer: nn.Module, x: Tensor) -> Tensor:
+    def _project(self, number: int, layer: LoraLinear, x: Tensor) -> Tensor:
         if layer.disable_adapters:
             return layer.get_base_layer()(x)
         group = self.groups[number]
@@ -182,7 +235,7 @@ def _dropout(layer: LoraLinear) -> float:
     return getattr(layer.lora_dropout[ADAPTER], "p", 0.0)  # without one it is an identity
 
 
-def _recomputed(forward: Callable, *arguments, **named):
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call `forward`, and once more in the backward pass instead of keeping what it computes."""
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)

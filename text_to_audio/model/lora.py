@@ -6,7 +6,8 @@ the other and B^T (rank, outputs) their B, transposed and times alpha / rank, in
 2021). They share one dropout mask, where PEFT draws one for each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ class LoraProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b_t, dropout):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b_t: Tensor, dropout: float
+    ) -> Tensor:
         y = F.linear(x, weight, bias)
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         h = F.linear(dropped, a)
@@ -36,7 +39,7 @@ class LoraProjection(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         dropped, mask, h, weight, a, b_t = ctx.saved_tensors
         grad_h = F.linear(grad, b_t)
         grad_b = torch.tensordot(h, grad, dims=([0], [0]))
@@ -60,30 +63,37 @@ class LoraGroup:
     def __init__(self, layers: Iterable[LoraLinear]):
         self.layers = list(layers)
         self.scaling = [float(layer.scaling[ADAPTER]) for layer in self.layers]
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.tie()
+        self._find(None, None)
 
     def tie(self) -> None:
         """Find the layers' parameters, and make views of one tensor of the frozen ones.
 
         To be called after each move of the model, which may put other objects in their place.
         """
-        base = [layer.base_layer for layer in self.layers]
-        self.weight = _stacked([each.weight for each in base], self.weight)
-        if base[0].bias is not None:
-            self.bias = _stacked([each.bias for each in base], self.bias)
-        self.matrices = [matrix[ADAPTER].weight for layer in self.layers for matrix in (layer.lora_A, layer.lora_B)]
+        self._find(self.weight, self.bias)
+
+    def _find(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        base = [_linear(layer.base_layer) for layer in self.layers]
+        self.weight = _stacked([each.weight for each in base], weight)
+        biases = [each.bias for each in base if each.bias is not None]  # of projections of one input all or none has
+        self.bias = _stacked(biases, bias) if biases else None
+        pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in self.layers]
+        self.matrices = [_linear(each).weight for pair in pairs for each in pair]
         self.rank, self.inputs = self.matrices[0].shape
         self.outputs = [len(each) for each in self.matrices[1::2]]
 
     @property
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[float, ...]:
         """What two groups must have in common for their matrices to be stacked."""
         return self.inputs, *self.outputs, self.rank, *self.scaling
 
 
-def _stacked(parameters: list[nn.Parameter], known: Tensor | None) -> Tensor:
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear), f"LoRA is computed on linear layers, found {type(module).__name__}"
+    return module
+
+
+def _stacked(parameters: Sequence[Tensor], known: Tensor | None) -> Tensor:
     """These frozen parameters one below the other; they become views of it. `known`, where they already are its."""
     if len(parameters) == 1:
         return parameters[0].detach()
@@ -104,7 +114,7 @@ class _Copies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group, dtype, *matrices):
+    def forward(ctx: Any, group: LoraGroup, dtype: torch.dtype, *matrices: Tensor) -> tuple[Tensor, Tensor]:
         ctx.group, ctx.dtype = group, matrices[0].dtype
         layers, rank = len(group.layers), group.rank
         kinds = [torch.stack(matrices[i :: 2 * layers]) for i in range(2 * layers)]
@@ -115,8 +125,9 @@ class _Copies(torch.autograd.Function):
         return a, b_t
 
     @staticmethod
-    def backward(ctx, grad_a, grad_b):
-        group, kinds = ctx.group, []
+    def backward(ctx: Any, grad_a: Tensor, grad_b: Tensor) -> tuple[Tensor | None, ...]:
+        group: LoraGroup = ctx.group
+        kinds: list[tuple[Tensor, ...]] = []
         for a, b_t, scaling in zip(grad_a.split(group.rank, 1), _blocks(grad_b, group), group.scaling, strict=True):
             b = b_t.transpose(1, 2)
             like_a, like_b = (torch.empty(each.shape, dtype=ctx.dtype, device=each.device) for each in (a, b))

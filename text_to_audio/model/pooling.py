@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from common.errors import UserError
+from text_to_audio.config import Pooling
 
 OWN_FILE = "1_Pooling/config.json"  # where sentence-transformers keeps how a model is meant to be pooled
-_OWN_NAMES = {"lasttoken": "last", "last": "last", "mean": "mean", "cls": "cls"}
+_OWN_NAMES: dict[str, Pooling] = {"lasttoken": "last", "last": "last", "mean": "mean", "cls": "cls"}
 
 
 def last_token_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def family_pooling(kind: str) -> str:
+def family_pooling(kind: str) -> Pooling:
     """What a model type is pooled by where nothing else is said, and what "auto" in an older checkpoint means.
 
     Families made for masked language modelling look both ways; in the others only the last token has seen the text.
@@ -53,7 +54,7 @@ def family_pooling(kind: str) -> str:
     return "mean" if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "last"
 
 
-def model_pooling(name: str, folder: Path, config: PretrainedConfig) -> str:
+def model_pooling(name: str, folder: Path, config: PretrainedConfig) -> Pooling:
     """What "auto" means for a model: its own file, then whether it looks both ways, then its family.
 
     Raises `UserError` where its own file asks for a way that is not here.
@@ -67,7 +68,7 @@ def model_pooling(name: str, folder: Path, config: PretrainedConfig) -> str:
     return family_pooling(config.model_type)
 
 
-def _own_pooling(name: str, path: Path) -> str:
+def _own_pooling(name: str, path: Path) -> Pooling:
     try:
         values = json.loads(path.read_text())
         mode = values.get("pooling_mode")

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from common.hub import fetch_model_folder
-from text_to_audio.config import TrainingConfig
+from text_to_audio.config import Pooling, TrainingConfig
 from text_to_audio.model.pooling import model_pooling
 
 SMALL_FILES = ["*.json", "*.txt", "*.model"]  # all of a model's folder but its weights
@@ -73,7 +73,7 @@ def without_weights(config: TrainingConfig) -> Pretrained:
     return _checked(folder, tokenizer, backbone)
 
 
-def resolved_pooling(config: TrainingConfig) -> str:
+def resolved_pooling(config: TrainingConfig) -> Pooling:
     """How a run that begins now pools its text model: what the settings say, or what the model asks for."""
     if config.pooling != "auto":
         return config.pooling

@@ -1,12 +1,15 @@
 """The text encoder: a frozen pretrained model with LoRA, texts to sentence embeddings."""
 
 import warnings
+from collections.abc import Callable
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from text_to_audio.config import TrainingConfig
@@ -49,7 +52,7 @@ class TextEncoder(nn.Module):
         self._pass = forward_pass(self.model, config.layers_recomputed(self.layers), config.compile == "on")
         self.to(config.torch_device)
 
-    def _apply(self, change, recurse=True):
+    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(change, recurse)
         self._pass.tie()
         return self
@@ -126,7 +129,7 @@ def _prefix(instruction: str, kind: str) -> str:
     return f"Instruct: {instruction}\nQuery:" if instruction else ""
 
 
-def _end_token(tokenizer, name: str) -> int:
+def _end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     """The id the tokenizer puts at the end of every text; without one the last token would be any word."""
     last = tokenizer("music")["input_ids"][-1]
     if last not in tokenizer.all_special_ids:
@@ -161,7 +164,7 @@ def _check_length(config: TrainingConfig, backbone: nn.Module, shortest: int) ->
         )
 
 
-def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
+def add_lora(backbone: nn.Module, config: TrainingConfig) -> PeftModel:
     """Freeze the backbone and put float32 LoRA matrices (Hu et al. 2021) on all its linear layers.
 
     A pooler (BERT's) is left out: sentence embeddings do not pass through it. The returned PEFT model loads the
@@ -171,7 +174,7 @@ def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
     lora = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: a float serves as well
         lora_dropout=config.lora_dropout,
         target_modules="all-linear",
         exclude_modules=r".*pooler.*" if has_pooler else None,
@@ -184,7 +187,7 @@ def add_lora(backbone: nn.Module, config: TrainingConfig) -> nn.Module:
         ) from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def fill_frozen(module, state_dict, prefix, *_):
+    def fill_frozen(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
         for name, value in module.state_dict(prefix=prefix).items():
             if name.removeprefix(prefix) not in trained:
                 state_dict.setdefault(name, value)

@@ -8,7 +8,7 @@ on a CPU.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -101,11 +101,14 @@ class FakeVectors:
 
 def on_cpu(config: TrainingConfig) -> TrainingConfig:
     """The same run on CPU tensors: what follows from the device is written out."""
-    precision, recomputed = "bf16" if config.bf16 else "fp32", config.layers_recomputed(sys.maxsize)
     return replace(
-        config, device="cpu", precision=precision, compile="off", gradient_checkpointing="auto",
-        recomputed_layers=recomputed,
-    )  # fmt: skip
+        config,
+        device="cpu",
+        precision="bf16" if config.bf16 else "fp32",
+        compile="off",
+        gradient_checkpointing="auto",
+        recomputed_layers=config.layers_recomputed(sys.maxsize),
+    )
 
 
 def text_encoder_on_meta(config: TrainingConfig) -> TextEncoder:
@@ -142,7 +145,6 @@ def footprint(config: TrainingConfig, shape: Shape, take_step: TakeStep) -> Foot
         moments = optimizer_tensors(run.optimizer)
         tracker.tag("optimizer", moments)
         data = _fake_data(config, shape, tracker)
-        _encode_once(text_encoder)
         take_step(run, data)
         run.optimizer.step()
         weights = sum(each.nbytes for each in (*lora, *heads))
@@ -161,13 +163,30 @@ class _TrackedSpace(SpaceModels):
 
     tracker: MemoryTracker
 
-    def candidates(self, *arguments) -> Candidates:
+    def candidates(self, data: StepData, queue: TextQueue) -> Candidates:
         with self.tracker.phase("logits"):
-            return super().candidates(*arguments)
+            return super().candidates(data, queue)
 
-    def loss(self, *arguments) -> Tensor:
+    def loss(self, embeddings: Tensor, data: StepData, numbers: list[int], candidates: Candidates) -> Tensor:
         with self.tracker.phase("logits"):
-            return super().loss(*arguments)
+            return super().loss(embeddings, data, numbers, candidates)
+
+
+@dataclass(kw_only=True)
+class _EncodesOnce(StepModels):
+    """A run that encodes one micro-batch with a graph and one without; of the others embeddings are enough.
+
+    They take as much as the first, one after the other, and at 36 layers each costs a second.
+    """
+
+    encoded: set[bool] = field(default_factory=set)
+
+    def embed(self, data: StepData, number: int) -> Tensor:
+        graph = torch.is_grad_enabled()
+        if graph in self.encoded:
+            return torch.empty(len(data.parts[number]), self.text_encoder.dim, requires_grad=graph)
+        self.encoded.add(graph)
+        return super().embed(data, number)
 
 
 def _fake_run(config: TrainingConfig, shape: Shape, text_encoder: TextEncoder, tracker: MemoryTracker) -> StepModels:
@@ -187,7 +206,7 @@ def _fake_run(config: TrainingConfig, shape: Shape, text_encoder: TextEncoder, t
         with tracker.phase("logits"):
             queue.add(torch.empty(config.text_queue, text_encoder.dim), np.full(config.text_queue, -1))
     heads = [(space.projection, space.temperature) for space in spaces]
-    return StepModels(
+    return _EncodesOnce(
         config=config,
         processes=ALONE,
         text_encoder=text_encoder,
@@ -215,23 +234,6 @@ def _fake_data(config: TrainingConfig, shape: Shape, tracker: MemoryTracker) -> 
     with tracker.phase("logits"):
         vectors = {name: FakeVectors(shape, name)[rows] for name in shape.dims}
     return StepData(captions, rows, shape.caption_source[captions], parts, tokens, vectors, (0, 0))
-
-
-def _encode_once(text_encoder: TextEncoder) -> None:
-    """Let the text encoder encode one micro-batch with a graph and one without; of the others embeddings are enough.
-
-    They take as much as the first, one after the other, and at 36 layers each costs a second.
-    """
-    encode, done = text_encoder.encode, set()
-
-    def once(tokens: Tensor) -> Tensor:
-        graph = torch.is_grad_enabled()
-        if graph in done:
-            return torch.empty(tokens.shape[1], text_encoder.dim, requires_grad=graph)
-        done.add(graph)
-        return encode(tokens)
-
-    text_encoder.encode = once
 
 
 def batch_captions(config: TrainingConfig, shape: Shape) -> int:

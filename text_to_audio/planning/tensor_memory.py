@@ -2,14 +2,16 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -24,16 +26,18 @@ class MemoryTracker(TorchDispatchMode):
     it was made, "activations" outside of any, until it is tagged.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.at_peak: dict[str, int] = {}
         self._category = "activations"
         self._held: Counter[str] = Counter()
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}  # by the address of the storage
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self._count(result, None)
@@ -43,11 +47,11 @@ class MemoryTracker(TorchDispatchMode):
                     self._count(value, None)
         return result
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        return super().__exit__(*exception)
+        super().__exit__(*exception)
 
     def _count(self, tensor: Tensor, category: str | None) -> None:
         """Enter a tensor's storage, or its new size or category; without a category it keeps the one it has."""
@@ -65,7 +69,7 @@ class MemoryTracker(TorchDispatchMode):
             self.peak = self.now
             self.at_peak = {name: held for name, held in self._held.items() if held}
 
-    def _forget(self, key: int, _) -> None:
+    def _forget(self, key: int, _: object) -> None:
         _, size, category = self._live.pop(key)
         self._held[category] -= size
         self.now -= size
@@ -83,8 +87,11 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tensors:
             self._count(tensor, category)
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                hook = tensor.register_post_accumulate_grad_hook(lambda each: self._count(each.grad, category))
-                self._hooks.append(hook)
+                self._hooks.append(tensor.register_post_accumulate_grad_hook(partial(self._count_gradient, category)))
+
+    def _count_gradient(self, category: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._count(parameter.grad, category)
 
     @contextmanager
     def phase(self, category: str) -> Iterator[None]:

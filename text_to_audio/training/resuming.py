@@ -152,12 +152,12 @@ def _check_best(found: Checkpoint, config: TrainingConfig) -> None:
             continue
         if not path.exists():
             raise UserError(f"{found.path}: its run needs its best checkpoint {path}, which is missing")
-        if read_checkpoint(path).get("started") != found.contents["progress"]["started"]:
+        if read_checkpoint(path, mapped=True).get("started") != found.contents["progress"]["started"]:
             raise UserError(f"{found.path}: its run needs its best checkpoint {path}, which is another run's")
 
 
-def _read(path: Path) -> Checkpoint:
-    contents = read_checkpoint(path, {"config"})
+def _read(path: Path, mapped: bool) -> Checkpoint:
+    contents = read_checkpoint(path, {"config"}, mapped)
     if missing := sorted(NEEDED - contents.keys()):
         raise UserError(f"{path}: expected a checkpoint to go on from ({{encoder}}_last.pt), found none of {missing}")
     return Checkpoint(path, contents, TrainingConfig.from_dict(contents["config"], str(path)))
@@ -243,12 +243,12 @@ def is_measured(found: Checkpoint, config: TrainingConfig) -> bool:
     )
 
 
-def first_whole(paths: list[Path]) -> tuple[Checkpoint | None, str]:
-    """The first of these checkpoints that can be read, and what is wrong with the others."""
+def first_whole(paths: list[Path], mapped: bool = False) -> tuple[Checkpoint | None, str]:
+    """The first of these checkpoints that can be read (see `read_checkpoint`), and what is wrong with the others."""
     faults: list[str] = []
     for path in paths:
         try:
-            return _read(path), "; ".join(faults)
+            return _read(path, mapped), "; ".join(faults)
         except UserError as error:
             faults.append(str(error))
     return None, "; ".join(faults)

@@ -62,7 +62,7 @@ def _find(folder: Path, title: str, config: TrainingConfig) -> Earlier | None:
     if not _files(folder, [title]):
         return None
     whole = [path for path in (last, previous_path(last)) if path.exists()]
-    found, fault = first_whole(whole)
+    found, fault = first_whole(whole, mapped=True)
     if found and not is_finished(found, found.config):
         names = list(dict.fromkeys([title, *found.config.audio_encoders]))
         return Earlier(title, names, found.config.log_dir, found) if overwritten & set(names) else None
@@ -114,9 +114,9 @@ def _copy_entries(folder: Path, aside: Path, renamed: dict[str, str]) -> list[st
 
 
 def _read(folder: Path, name: str) -> dict:
-    """The best checkpoint called `name`; empty where there is none that can be read."""
+    """The best checkpoint called `name`, its weights left in the file; empty where there is none that can be read."""
     try:
-        return read_checkpoint(folder / f"{name}_best_r1.pt")
+        return read_checkpoint(folder / f"{name}_best_r1.pt", mapped=True)
     except UserError:
         return {}
 
@@ -124,7 +124,7 @@ def _read(folder: Path, name: str) -> dict:
 def _is_for_use(path: Path) -> bool:
     """Whether this is a whole checkpoint that nothing goes on from: a joint run's of one space."""
     try:
-        return bool(read_checkpoint(path))
+        return bool(read_checkpoint(path, mapped=True))
     except UserError:
         return False
 
