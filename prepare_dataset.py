@@ -150,6 +150,8 @@ def prepare(args: argparse.Namespace, folder: Path, log: Logger) -> int:
             embed(work, dataset, encoders, Sources(earlier, header.encoders), args, seconds, log)
         finally:
             work.close()
+            if earlier is not None:
+                earlier.close()
 
     def is_made(path: Path) -> bool:
         return not changes_since(EmbeddingStore(path), header, dataset)

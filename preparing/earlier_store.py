@@ -1,14 +1,17 @@
 """A finished store as the source of the next one: which of its vectors hold, and what is taken and what computed."""
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from embedding_models.pipeline import Clip, Finished, Vectors
 from preparing.clips import sound_digest
 from preparing.recordings import Dataset
-from store.reading import SPLITS, EmbeddingStore, StoreHeader
+from store.reading import SPLITS, EmbeddingStore, StoreHeader, read_blocks, vector_block
 
 _PRECISIONS = ("float16", "tf32", "float32")  # from the least to the best
 _ROWS_AT_ONCE = 256  # that are taken between two commits
@@ -59,7 +62,9 @@ class EarlierStore:
         self.spaces = holding_spaces(then, header)
         self.by_id = (then.dataset, then.revision) == (dataset.name, dataset.revision) and dataset.clips.stable_ids
         self._pinned = self.by_id and then.revision is not None
-        self._vectors = {(name, space): store.vectors(name, space) for name in SPLITS for space in self.spaces}
+        # Read row by row, not mapped: pages of a mapping count as the process's memory until they are needed elsewhere.
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._blocks = read_blocks(path)
         self._digests = {name: store.digests(name) for name in SPLITS}
         self.has_digests = self._digests["train"] is not None
         self._place_of_id = {
@@ -106,9 +111,18 @@ class EarlierStore:
         return place is not None and self.digest(place) not in (None, digest)
 
     def vectors(self, place: Place) -> Vectors:
-        """A row's vectors in the spaces that hold, mapped."""
+        """A row's vectors in the spaces that hold."""
         split, row = place
-        return {space: self._vectors[split, space][row] for space in self.spaces}
+        found = {}
+        for space in self.spaces:
+            block = self._blocks[vector_block(split, space)]
+            data = os.pread(self._file.fileno(), block.row_bytes, block.offset + row * block.row_bytes)
+            found[space] = np.frombuffer(data, block.dtype)
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class Sources:
