@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
+JOBS ?= 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .PHONY: help demo test check clean
@@ -35,8 +36,10 @@ $(VENV)/.installed-for-tests: requirements_dev.txt $(VENV)/.installed
 demo: $(VENV)/.installed  ## the whole way on rendered music, into demo/ (7 to 10 minutes on 2 cores)
 	PYTHON="$(abspath $(BIN))/python" bash examples/demo.sh
 
-test: $(VENV)/.installed-for-tests  ## the tests, as CI runs them
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+# Much of the suite waits for scripts that start, so a process for each core is well used. A process that runs out of
+# tests takes over half of another's; the tests of a file stay together as far as that goes.
+test: $(VENV)/.installed-for-tests  ## the tests, as CI runs them, in JOBS=2 processes
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: $(VENV)/.installed-for-tests  ## style and types: ruff, its checks and its format, and mypy
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def write_adapter(folder: Path, contents: dict, config: TrainingConfig) -> None:
 
 def write_head(path: Path, contents: dict, config: TrainingConfig) -> None:
     """Weights of both linear layers and the space's mean and std; the metadata say what they are."""
-    names = ("audio_encoder", "text_dim", "hidden_dim", "audio_dim", "standardise")
+    names = ("audio_encoder", "text_dim", "hidden_dim", "audio_dim", "standardise", "mean_removed", "std_floor")
     metadata = {"format": "pt", **{name: str(getattr(config, name)) for name in names}}
     save_file({name: value.contiguous() for name, value in contents["projection_state_dict"].items()}, path, metadata)
 

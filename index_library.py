@@ -17,11 +17,13 @@ from embedding_models.enrichment import RECIPE
 from embedding_models.precision import PRECISIONS
 from embedding_models.registry import EncoderSpec, add_encoder_flags, find_encoder, model_flag, spec_from_flags
 from embedding_models.track_workers import embed_tracks
+from music_library.evaluation import ENOUGH, NEIGHBOURS, probing, sampled
 from music_library.flags import add_library_flags
 from music_library.index_space import IndexSpace, read_head
-from music_library.milvus_index import INDEX_TYPES, IndexChoice, VectorDatabase
+from music_library.milvus_index import AUTO, INDEX_TYPES, IndexChoice, VectorDatabase, is_local, kind_of_parameters
+from music_library.searching import moments_collection
 from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
-from music_library.vector_files import Track, VectorFiles, vectors_folder
+from music_library.vector_files import Track, VectorFiles, kept_vectors
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.head import ProjectionHead
 
@@ -54,7 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--from-collection", metavar="NAME", help="take over a Milvus collection of plain vectors of this recipe")
     add("--from-uri", metavar="URI", help="where that collection is (--milvus-uri)")
     add("--from-token", help="its server's token")
-    add("--index-type", choices=INDEX_TYPES, help="of the index (HNSW; where there is one: the one it has)")
+    auto = "auto: exact (FLAT) as long as that is quick, then HNSW"
+    add(
+        "--index-type",
+        choices=(AUTO, *INDEX_TYPES),
+        help=f"{auto} (default: as the index there is was made, else auto)",
+    )
     add("--index-params", type=_json, metavar="JSON", help="such as '{\"nlist\": 1024}'; used when an index is made")
     add("--search-params", type=_json, metavar="JSON", help="such as '{\"nprobe\": 64}'; used when an index is made")
     add("--narrow", action="store_true", help="the narrow form for any width (it is used above 32,768 dimensions)")
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     head, config, audio_space = read_head(args.checkpoint)
     check_space(args, config, audio_space)
     log = start_log("index_library", "index_library.log")
-    folder = Path(args.vectors_dir) if args.vectors_dir else vectors_folder(args.milvus_uri)
+    folder = library_folder(args, config.audio_encoder)
     about = {
         "space": config.audio_encoder,
         "dim": config.audio_dim,
@@ -94,12 +101,22 @@ def main(argv: list[str] | None = None) -> int:
         moments = args.moments or files.holds_windows
         space, choice = open_space(args, config.audio_encoder, head, about, files.folder)
         if args.from_collection:
-            take_over(args, config, files, log)
+            take_over(args, head.standardises, files, log)
         left_out = update(args, config, audio_space, files, moments, log) if args.music_dir else 0
         put_in(args, files, space, choice, moments, log)
     if left_out:
         log.info("files left out: %d; index_library.log names each", left_out)
     return 0
+
+
+def library_folder(args: argparse.Namespace, space: str) -> Path:
+    """Where the plain vectors of this library are kept."""
+    if args.vectors_dir:
+        return Path(args.vectors_dir)
+    if is_local(args.milvus_uri):
+        return kept_vectors(args.milvus_uri, None)
+    with VectorDatabase(args.milvus_uri, args.milvus_token) as database:
+        return kept_vectors(args.milvus_uri, database.identity(space))
 
 
 def open_space(
@@ -114,7 +131,8 @@ def open_space(
         narrow = True if args.narrow else None if args.reindex else found.get("narrow")
         space = IndexSpace(name, head, about["recipe"], about["encoder"], narrow, folder)
         check_collections(database, space, args.checkpoint, args.reindex)
-    kind = args.index_type or found.get("index_type") or "HNSW"
+    of_parameters = kind_of_parameters(args.index_params, args.search_params) if not args.index_type else None
+    kind = args.index_type or of_parameters or found.get("index_choice") or found.get("index_type") or AUTO
     return space, IndexChoice(kind, args.index_params, args.search_params)
 
 
@@ -126,11 +144,36 @@ def put_in(
         with tqdm(unit="row", desc="indexing") as bar:
             synced = sync(files, database, space, choice, moments, args.reindex, bar.update)
         count = database.count(space.name)
+        if synced.put or synced.removed:
+            for name, (kind, _) in synced.kinds.items():
+                if kind == "IVF_FLAT":
+                    tell_of_lists(database, name, space, files, log)
+    for name, (kind, outgrown) in synced.kinds.items():
+        if outgrown:
+            log.info("%s: outgrew an exact search (%s): now %s, made anew from the plain vectors", name, outgrown, kind)
     log.info("%s: %s rows put in, %s taken out", args.milvus_uri, f"{synced.put:,}", f"{synced.removed:,}")
     narrow = f" (narrow form of {space.audio_dim:,})" if space.narrow else ""
     extra = ", with moments" if moments else ""
-    tracks = f"{count:,} tracks in {space.name!r}, {choice.kind}, {space.dim:,} dimensions"
+    kinds = {name: kind for name, (kind, _) in synced.kinds.items()}
+    if kinds.get(moments_collection(space.name), kinds[space.name]) != kinds[space.name]:
+        extra += f" ({kinds[moments_collection(space.name)]})"
+    tracks = f"{count:,} tracks in {space.name!r}, {kinds[space.name]}, {space.dim:,} dimensions"
     log.info("%s: %s%s%s", args.milvus_uri, tracks, narrow, extra)
+
+
+def tell_of_lists(database: VectorDatabase, name: str, space: IndexSpace, files: VectorFiles, log: Logger) -> None:
+    """Warn where an IVF_FLAT index probes too few of its lists, and say how many it takes."""
+    ids, plain = sampled(files, windows=name != space.name)
+    found = probing(database, name, space.audio(plain), ids)
+    if found.share < ENOUGH:
+        built = {"nlist": found.lists}  # else --reindex makes the usual number of lists
+        given = "" if built.items() <= INDEX_TYPES["IVF_FLAT"][0].items() else f" --index-params '{json.dumps(built)}'"
+        log.warning(
+            "%s: IVF_FLAT with nprobe %d finds %.0f %% of the %d nearest of %d stored vectors; nprobe %d of %d lists "
+            "finds %.0f %%: run again with --reindex --index-type IVF_FLAT%s --search-params '%s'",
+            name, found.nprobe, 100 * found.share, NEIGHBOURS, len(ids), found.needed, found.lists,
+            100 * found.share_of_needed, given, json.dumps({"nprobe": found.needed}),
+        )  # fmt: skip
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -177,12 +220,12 @@ def writing(folder: Path) -> Iterator[None]:
         yield
 
 
-def take_over(args: argparse.Namespace, config: TrainingConfig, files: VectorFiles, log: Logger) -> None:
+def take_over(args: argparse.Namespace, standardises: bool, files: VectorFiles, log: Logger) -> None:
     """Bring a collection of plain vectors over."""
     uri = args.from_uri or args.milvus_uri
     token = args.from_token or (args.milvus_token if uri == args.milvus_uri else None)
     with VectorDatabase(uri, token) as source, tqdm(unit="track", desc="bringing over") as bar:
-        taken = bring_over(source, args.from_collection, files, config.standardise != "none", bar.update)
+        taken = bring_over(source, args.from_collection, files, standardises, bar.update)
     log.info("%s: %s tracks of %r, taken to be of this recipe", uri, f"{taken:,}", args.from_collection)
 
 

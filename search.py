@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--playlist", metavar="FILE", help="also write what was found as a playlist (.m3u8)")
     add("--map-path", metavar="FROM=TO", help="the indexed paths start with FROM, here it is TO")
     add_library_flags(parser, "checkpoints/muq_best_r1.pt")
+    add("--precision", choices=("bf16", "fp32"), default="", help="arithmetic of the text model (as it was trained)")
     add("--serve", action="store_true", help="a web page with a player, and its JSON API, until Ctrl-C")
     add("--host", default="127.0.0.1", help="with --serve: 0.0.0.0 lets the whole network in (%(default)s)")
     add("--port", type=int, default=8770, help="with --serve; 0 takes a free one (%(default)s)")
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> list[list[Hit]]:
     if not queries and not args.like:
         raise UserError("expected a query, --queries FILE or --like TRACK")
     searcher = open_searcher(
-        args.checkpoint, args.milvus_uri, args.milvus_token, args.device, mapping, args.vectors_dir
+        args.checkpoint, args.milvus_uri, args.milvus_token, args.device, mapping, args.vectors_dir, args.precision
     )
     try:
         answers = answer(searcher, queries, args)
@@ -106,8 +107,9 @@ def serve_page(args: argparse.Namespace, mapping: tuple[str, str] | None) -> Non
     if not 0 <= args.port <= 65_535:
         raise UserError(f"--port: expected 0 to 65,535, found {args.port}")
     opened = partial(
-        open_searcher, args.checkpoint, args.milvus_uri, args.milvus_token, args.device, mapping, args.vectors_dir
-    )
+        open_searcher, args.checkpoint, args.milvus_uri, args.milvus_token, args.device, mapping, args.vectors_dir,
+        args.precision,
+    )  # fmt: skip
     serve(opened, args.host, args.port)
 
 

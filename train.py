@@ -29,10 +29,12 @@ from text_to_audio.model.checkpoints import (
     save_checkpoint,
 )
 from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.held_weights import query_bytes
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.planning.choosing import choose
 from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
 from text_to_audio.processes import Processes, join
+from text_to_audio.training.keeping import how_sure
 from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
 from text_to_audio.training.resuming import find_checkpoint, say_if_done
 from text_to_audio.training.saved_state import restore, run_contents, space_contents
@@ -131,7 +133,7 @@ def fit(run: Run) -> None:
     try:
         while run.progress.epoch < run.config.epochs:
             if run.progress.epoch - run.best_epoch >= run.config.patience:
-                run.log.info(f"stopped: no better validation R@1 in {run.config.patience} epochs")
+                run.log.info(f"stopped: none of {run.config.patience} epochs was better in validation")
                 break
             fit_epoch(run, run.progress.epoch + 1)
     except Stopped:
@@ -151,7 +153,7 @@ def fit_epoch(run: Run, epoch: int) -> None:
         for space in run.spaces:
             temperature = space.temperature().item()
             scores[space.name] = space.validation.measure(run.text_encoder, space.projection, temperature, text)
-    improved = save_epoch(run, epoch, scores)
+    kept = save_epoch(run, epoch, scores)
     for space, loss in zip(run.spaces, losses, strict=True):
         found = scores[space.name]
         if space.writer:
@@ -159,7 +161,7 @@ def fit_epoch(run: Run, epoch: int) -> None:
         run.log.info(
             f"epoch {epoch}/{run.config.epochs}{f' {space.name}' if len(losses) > 1 else ''}: train loss {loss:.4f}, "
             f"val loss {found['loss']:.4f}, val R@1 {found['t2a_R@1']:.2f}, R@10 {found['t2a_R@10']:.2f}, "
-            f"MRR {found['t2a_MRR']:.4f}{' (best)' if space.name in improved else ''}"
+            f"MRR {found['t2a_MRR']:.4f}{' (kept)' if space.name in kept else ''}"
         )
 
 
@@ -239,15 +241,13 @@ def check_loss(run: Run, losses: Tensor | float) -> None:
 
 
 def save_epoch(run: Run, epoch: int, scores: dict[str, dict[str, float]]) -> set[str]:
-    """Save the best checkpoints where this epoch is better, and the last; returns the spaces whose R@1 (or MRR) is."""
+    """Save the checkpoints that this epoch is better than, and the last; returns the spaces whose best_r1 it is now."""
     run.progress = run.progress.after_epoch(epoch)
-    improved = set()
+    kept = set()
     for space in run.spaces:
         found, better = scores[space.name], []
-        r1 = found["t2a_R@1"], found["t2a_MRR"]
-        if r1 > space.best.r1:
-            space.best.r1, space.best.r1_epoch = r1, epoch
-            improved.add(space.name)
+        if space.best.add(epoch, (found["t2a_R@1"], found["t2a_MRR"]), space.validation.hits(), space.caption_audio):
+            kept.add(space.name)
             better.append("best_r1")
         if found["loss"] < space.best.loss:
             space.best.loss = found["loss"]
@@ -259,7 +259,7 @@ def save_epoch(run: Run, epoch: int, scores: dict[str, dict[str, float]]) -> set
             for which in better:
                 save_checkpoint(checkpoint_path(space.config, which), contents)
     save_last(run, scores)
-    return improved
+    return kept
 
 
 def save_last(run: Run, scores: dict[str, dict[str, float]]) -> None:
@@ -275,7 +275,7 @@ def save_last(run: Run, scores: dict[str, dict[str, float]]) -> None:
 
 
 def measure_best(run: Run, space: Space) -> dict[str, float]:
-    """Test metrics of the checkpoint with the best validation R@1: printed beside chance and put in the summary."""
+    """Test metrics of the checkpoint that is kept as best_r1: printed beside chance and put in the summary."""
     run.processes.wait()  # until it is written
     path = checkpoint_path(space.config, "best_r1")
     restore_weights(path, read_checkpoint(path), run.text_encoder, space.projection)
@@ -285,15 +285,19 @@ def measure_best(run: Run, space: Space) -> dict[str, float]:
         return metrics
     if space.writer:
         log_results(space.writer, space.config, metrics, run.step)
+    query_gb = query_bytes(run.text_encoder, run.text_encoder.held, [space.projection]) / 1e9
     entry: dict[str, object] = {
         **metrics,
         "gallery": len(test.gallery),
         "epoch": space.best.r1_epoch,
         "started": run.progress.started,
+        "query_gb": query_gb,
     }
     summary = update_summary(Path(run.config.checkpoint_dir), space.name, entry)
     rows = by_subset({**metrics, "gallery": len(test.gallery)}, space.name)
+    run.log.info(how_sure(space.best, space.caption_audio))
     run.log.info(f"text -> audio on the test split, epoch {space.best.r1_epoch}\n{table_with_chance(rows)}")
+    run.log.info(f"a text query of {space.name} takes about {query_gb:.1f} GB of memory on a CPU")
     report = write_report(path, space.config, run.store.header, space.best.r1_epoch, test, metrics)
     run.log.info(f"written: {path.parent}/{space.name}_*.pt, {summary}, {report}")
     return metrics

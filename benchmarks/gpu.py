@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Ite
     if {"encoders", "prepare"} & set(args.parts):
         models.write_encoders(folder / "models", args.small)
     if "encoders" in args.parts:
-        yield from encoders.measure_encoders(folder / "models", device, 2 if args.small else 32)
+        yield from encoders.measure_encoders(folder / "models", device, args.small)
     if "prepare" in args.parts:
         clips = 8 if args.small else args.clips
         table = encoders.write_clips(folder / "clips", clips)

@@ -123,17 +123,22 @@ def metadata(train: list[Clip], held_out: list[Clip], seed: int) -> dict[str, li
     return rows
 
 
-def wav_bytes(clip: Clip) -> bytes:
-    """The clip as a PCM16 wav file."""
+def samples(clip: Clip) -> np.ndarray:
+    """The rendered clip at its own rate, (samples, channels) in 16 bits."""
     sound = render(clip.piece, clip.channels)
     if clip.sample_rate != SAMPLE_RATE:
         sound = np.stack([soxr.resample(channel, SAMPLE_RATE, clip.sample_rate) for channel in sound])
+    return (np.clip(sound, -1, 1).T * 32767).round().astype("<i2")
+
+
+def wav_bytes(clip: Clip) -> bytes:
+    """The clip as a PCM16 wav file."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(clip.channels)
         file.setsampwidth(2)
         file.setframerate(clip.sample_rate)
-        file.writeframes((np.clip(sound, -1, 1).T * 32767).round().astype("<i2").tobytes())
+        file.writeframes(samples(clip).tobytes())
     return buffer.getvalue()
 
 

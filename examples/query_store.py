@@ -14,7 +14,7 @@ from text_to_audio.model.inference import load_checkpoint
 
 EXAMPLES = """examples:
   python -m examples.query_store --checkpoint checkpoints/muq_best_r1.pt "calm piano"
-  python -m examples.query_store --checkpoint demo/checkpoints/muq_best_r1.pt \\
+  python -m examples.query_store --checkpoint demo/checkpoints/musicnn_best_r1.pt \\
       --data-path demo/data/musicbench_embeddings/embeddings.h5 "calm piano"      (after make demo)"""
 
 

@@ -12,5 +12,9 @@ def add_library_flags(parser: argparse.ArgumentParser, checkpoint: str | None) -
     add("--checkpoint", default=checkpoint, metavar="FILE", help=text)
     add("--milvus-uri", default=DEFAULT_URI, help="folder of Milvus Lite, or a server's address (%(default)s)")
     add("--milvus-token", help="token of the server, or user:password")
-    add("--vectors-dir", metavar="DIR", help="where plain vectors are kept (beside the index: data/library.vectors)")
+    add(
+        "--vectors-dir",
+        metavar="DIR",
+        help="where plain vectors are kept (data/library.vectors, of a server data/HOST_PORT.vectors)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,12 @@ SERVER_MAX_DIM = 32_768  # a server refuses wider float vectors; Milvus Lite doe
 DEFAULT_URI = "data/library.db"
 MAX_RESULTS = 16_384  # Milvus's bound on one search
 INDEX_TYPES = {
-    "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 512}),
+    "HNSW": ({"M": 16, "efConstruction": 200}, {"ef": 512}),
     "IVF_FLAT": ({"nlist": 128}, {"nprobe": 10}),
     "FLAT": ({}, {}),
 }  # type -> (build parameters, search parameters)
+AUTO = "auto"
+EXACT_ELEMENTS = 30_000_000  # rows x dimensions that Milvus Lite searches exactly in a tenth of a second on two cores
 _REGISTER = "text_audio_spaces"  # Milvus Lite keeps no collection description, so identities are rows of their own
 _BATCH_BYTES = 16 << 20  # of vectors per request; a server refuses messages of more than 64 MB
 _TEXT_BYTES = 1024
@@ -35,15 +37,15 @@ logging.getLogger("milvus_lite").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class IndexChoice:
-    """An index type with its parameters: `build` and `search` as Milvus names them."""
+    """An index type with its parameters: `build` and `search` as Milvus names them. "auto" is to be `resolved`."""
 
     kind: str = "HNSW"
     build: dict | None = None
     search: dict | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in INDEX_TYPES:
-            raise UserError(f"--index-type: expected one of {', '.join(INDEX_TYPES)}, found {self.kind!r}")
+        if self.kind not in (AUTO, *INDEX_TYPES):
+            raise UserError(f"--index-type: expected one of {', '.join((AUTO, *INDEX_TYPES))}, found {self.kind!r}")
 
     @property
     def build_params(self) -> dict:
@@ -54,6 +56,29 @@ class IndexChoice:
     def search_params(self) -> dict:
         """Parameters of searching: the type's usual ones, where none were given."""
         return {**INDEX_TYPES[self.kind][1], **(self.search or {})}
+
+    def resolved(self, rows: int, dim: int, there: str | None = None) -> "IndexChoice":
+        """What auto comes to for a collection of this size; any other choice as it is.
+
+        Exact search (FLAT) as long as it is quick, else HNSW. there: the type that auto came to before: HNSW stays,
+        so that a library of about that size is not built anew again and again.
+        """
+        if self.kind != AUTO:
+            return self
+        exact = rows * dim <= EXACT_ELEMENTS and there != "HNSW"
+        return replace(self, kind="FLAT" if exact else "HNSW")
+
+
+def kind_of_parameters(*given: dict | None) -> str | None:
+    """The index type that has these parameters; None where none are given, `UserError` where no type has them all."""
+    names = {name for each in given if each for name in each}
+    kinds = [kind for kind, parts in INDEX_TYPES.items() if names <= {name for part in parts for name in part}]
+    if not kinds:
+        raise UserError(
+            f"--index-params, --search-params: expected those of one index type, found {', '.join(sorted(names))}; "
+            f"name the type with --index-type"
+        )
+    return kinds[0] if names else None
 
 
 @dataclass(frozen=True)
@@ -157,19 +182,22 @@ class VectorDatabase:
             for field, size in _TRACK_FIELDS.items():
                 schema.add_field(field, DataType.VARCHAR, max_length=size)
             schema.add_field("duration", DataType.DOUBLE)
-        self._register(name, {**identity, "search_params": index.search_params})
+        self.note(name, {**identity, "search_params": index.search_params})
         self._client.create_collection(name, schema=schema, consistency_level="Strong")
         self._create_index(name, index)
 
     def _create_index(self, name: str, index: IndexChoice) -> None:
         self._kinds.pop(name, None)
         params = self._client.prepare_index_params()
-        params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=index.build_params)
+        # a server reads them one by one, which is how pymilvus 3 sends them; Milvus Lite 3.2 takes them from "params"
+        sent = {**index.build_params, "params": index.build_params}
+        params.add_index(FIELD, index_type=index.kind, metric_type="L2", params=sent)
         self._tell(lambda: self._client.create_index(name, params))
         if self._local:  # a loaded one would be built anew with every data file that Lite merges; `build` loads it
             self._tell(lambda: self._client.release_collection(name))
 
-    def _register(self, name: str, identity: dict) -> None:
+    def note(self, name: str, identity: dict) -> None:
+        """Note what a collection is made from, in the place of what was noted of it."""
         if not self._client.has_collection(_REGISTER):
             schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
             schema.add_field("name", DataType.VARCHAR, is_primary=True, max_length=255)
@@ -297,6 +325,12 @@ class VectorDatabase:
         except MilvusException as error:
             raise UserError(f"{self.uri}: the search failed ({_reason(error)})") from error
         return [[Found(hit["id"], 1 - hit["distance"] / 2, dict(hit["entity"])) for hit in hits] for hits in answer]
+
+    def lists(self, name: str) -> int:
+        """How many lists an IVF_FLAT index has."""
+        found = self._client.describe_index(name, FIELD)
+        found |= found.get("params", {})  # Milvus Lite's
+        return int(found.get("nlist", INDEX_TYPES["IVF_FLAT"][0]["nlist"]))
 
     def _kind(self, name: str) -> str:
         if name not in self._kinds:

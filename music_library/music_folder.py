@@ -154,11 +154,14 @@ def read_tags(path: Path) -> Tags:
 
 
 def _text_chunks(path: Path) -> dict[str, str]:
-    """The text chunks of a WAV or AIFF file, which mutagen does not read, as far as libsndfile knows them."""
+    """The text chunks of WAV, AIFF and CAF, which mutagen does not read, as far as libsndfile knows them."""
     found: dict[str, str] = {}
     try:
-        with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
-            found = sound.copy_metadata()
+        with open(path, "rb", buffering=0) as file:
+            if file.read(4) in (b"RIFF", b"RF64", b"FORM", b"riff", b"caff"):
+                file.seek(0)
+                with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                    found = sound.copy_metadata()
     except (soundfile.SoundFileRuntimeError, OSError):
         pass
     return {key: _one_line(found.get(key, "")) for key in _NAMES}

@@ -9,7 +9,7 @@ import numpy as np
 from common.errors import UserError
 from music_library.index_space import IndexSpace, recorded_space
 from music_library.milvus_index import DEFAULT_URI, MAX_RESULTS, Found, VectorDatabase
-from music_library.vector_files import VectorFiles, vectors_folder
+from music_library.vector_files import VectorFiles, kept_vectors
 from text_to_audio.model.checkpoints import read_checkpoint
 from text_to_audio.model.inference import LoadedCheckpoint, embed_texts_batch, load_checkpoint
 
@@ -235,21 +235,23 @@ def open_searcher(
     device: str = "auto",
     map_path: tuple[str, str] | None = None,
     vectors_dir: str | Path | None = None,
+    precision: str = "",
 ) -> Searcher:
     """Load a checkpoint and open the library that was indexed for it.
 
     milvus_uri: a Milvus Lite folder (*.db) or a server's address, with `token` where it wants one. map_path: (FROM,
     TO), the start of the indexed paths and what it is here. vectors_dir: the plain vectors (default: beside the
-    index). Raises `UserError` where either is missing, held by another process, or made for something else.
+    index). precision: of the text model's arithmetic, see `load_checkpoint`. Raises `UserError` where either is
+    missing, held by another process, or made for something else.
     """
     contents = read_checkpoint(checkpoint)
     recorded = recorded_space(contents, checkpoint)
     database = VectorDatabase(milvus_uri, token)
     try:
-        model = load_checkpoint(checkpoint, device, contents)
+        model = load_checkpoint(checkpoint, device, contents, precision)
         name = model.config.audio_encoder
-        files = Path(vectors_dir) if vectors_dir else vectors_folder(milvus_uri)
         identity = database.identity(name)
+        files = Path(vectors_dir) if vectors_dir else kept_vectors(milvus_uri, identity)
         if identity is None:
             raise UserError(
                 f"{milvus_uri}: expected the audio space {name!r} of {checkpoint}, found "

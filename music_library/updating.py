@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from music_library.index_space import IndexSpace
-from music_library.milvus_index import FIELD, IndexChoice, VectorDatabase
+from music_library.milvus_index import AUTO, FIELD, IndexChoice, VectorDatabase, is_local
 from music_library.music_folder import NEEDS_FFMPEG, NOT_READ, MusicFolder, content_hash, read_tags, track_id
 from music_library.searching import check_identity, moments_collection
 from music_library.vector_files import Track, VectorFiles
@@ -171,10 +171,14 @@ def prune(files: VectorFiles, changes: Changes) -> int:
 
 @dataclass(frozen=True)
 class Synced:
-    """What `sync` did to the collections: rows put in, rows taken out."""
+    """What `sync` did to the collections: rows put in, rows taken out.
+
+    kinds: each collection's index type, and what it was before where `auto` has outgrown that, else None.
+    """
 
     put: int
     removed: int
+    kinds: dict[str, tuple[str, str | None]]
 
 
 def check_collections(database: VectorDatabase, space: IndexSpace, checkpoint: str, reindex: bool) -> None:
@@ -202,28 +206,43 @@ def sync(
     """Make the collections hold what the catalogue names, no more and no less, and wait for their index.
 
     Rows are compared by id and version, so that it goes on wherever an earlier run was stopped. `step` is called with
-    the number of rows put in, as they are.
+    the number of rows put in, as they are. An index type of "auto" is settled for each collection by its size.
     """
-    put = removed = 0
+    put, removed, kinds = 0, 0, {}
     if reindex and not moments:
         database.drop(moments_collection(space.name))
     names = [space.name, moments_collection(space.name)] if moments else [space.name]
     for name in names:
-        there = database.identity(name)
-        if there is None or reindex or there.get("index_type") != index.kind:
-            database.drop(name)
-            identity = {**space.identity, "index_type": index.kind}
-            database.create(name, space.dim, index, identity, moments=name != space.name)
-            versions = {}
-        else:
-            versions = database.versions(name)
+        chosen, outgrown, versions = _collection(files, database, space, index, name, reindex)
+        kinds[name] = chosen.kind, outgrown
         is_tracks = name == space.name
         rows = _changed(_track_rows(files) if is_tracks else _window_rows(files), versions)
         put += _put(database, name, space, files.vectors if is_tracks else files.windows, rows, step)
         database.delete(name, versions)  # `_changed` leaves those that nothing names any more
         removed += len(versions)
-        database.build(name, index)  # also where nothing changed: an earlier run may have been killed before it
-    return Synced(put, removed)
+        database.build(name, chosen)  # also where nothing changed: an earlier run may have been killed before it
+    return Synced(put, removed, kinds)
+
+
+def _collection(
+    files: VectorFiles, database: VectorDatabase, space: IndexSpace, index: IndexChoice, name: str, reindex: bool
+) -> tuple[IndexChoice, str | None, dict[int, int]]:
+    """A collection to put rows into: its index type, the one that auto has outgrown, the versions of what is in it."""
+    there, is_tracks = database.identity(name), name == space.name
+    before = there.get("index_type") if there and not reindex else None
+    was_auto = there is not None and there.get("index_choice") == AUTO
+    rows = len(files) if is_tracks else files.count_windows()
+    chosen = index.resolved(rows, space.dim, before if was_auto else None)
+    noted = {"index_type": chosen.kind, "index_choice": index.kind}
+    if not is_local(database.uri):
+        noted["vectors"] = str(files.folder.parent)
+    if there is not None and before == chosen.kind:
+        if there != (known := {**there, **noted}):
+            database.note(name, known)
+        return chosen, None, database.versions(name)
+    database.drop(name)
+    database.create(name, space.dim, chosen, {**space.identity, **noted}, moments=not is_tracks)
+    return chosen, before if was_auto and index.kind == AUTO else None, {}
 
 
 def _changed(rows: Iterable[dict], versions: dict[int, int]) -> Iterator[dict]:

@@ -13,6 +13,7 @@ What was written by an older version, or by a process that was killed, has 0 the
 """
 
 import os
+import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ import numpy as np
 from common.errors import UserError
 
 DTYPE = np.dtype("<f2")
+ONCE_SHARED = "data/library.vectors"
 # (offset, bytes) in the header that noting the checksum changes: SQLite's counter of changes, the checksum itself,
 # the counter once more with SQLite's version
 _NOT_COUNTED = ((24, 4), (60, 4), (92, 8))
@@ -74,8 +76,26 @@ _MARKS = ", ".join("?" for _ in fields(Track))
 
 
 def vectors_folder(uri: str) -> Path:
-    """Where the plain vectors of an index are kept: `data/library.vectors` for `data/library.db` and for a server."""
-    return Path(uri).with_suffix(".vectors") if "://" not in uri else Path("data/library.vectors")
+    """Where the plain vectors of an index are kept, unless it says else.
+
+    `data/library.vectors` for the folder `data/library.db`, `data/HOST_PORT_DATABASE.vectors` for a server.
+    """
+    if "://" not in uri:
+        return Path(uri).with_suffix(".vectors")
+    server = uri.split("://", 1)[1].rpartition("@")[2]
+    return Path("data") / (re.sub(r"[^\w.-]+", "_", server).strip("_.") + ".vectors")
+
+
+def kept_vectors(uri: str, identity: dict | None) -> Path:
+    """Where the plain vectors of a library are: `vectors_folder`, or for a server where its index notes that they are.
+
+    identity: what the index notes, None where there is none yet. Libraries on servers once shared one folder; where
+    an index notes nothing and that folder is there, it is still that library's.
+    """
+    if "://" not in uri or identity is None:
+        return vectors_folder(uri)
+    noted = Path(identity.get("vectors", ONCE_SHARED))
+    return noted if noted.is_dir() else vectors_folder(uri)
 
 
 class VectorFiles:
@@ -221,6 +241,10 @@ class VectorFiles:
     def has_windows(self, track: int) -> bool:
         """Whether a track's windows are kept."""
         return next(self._ask("SELECT 1 FROM windows WHERE track = ?", (track,)), None) is not None
+
+    def count_windows(self) -> int:
+        """How many windows are kept, of all tracks."""
+        return next(self._ask("SELECT count(*) FROM windows"))[0]
 
     @property
     def holds_windows(self) -> bool:

@@ -5,7 +5,7 @@
     caption       a text, or a list of texts; `captions` is the same                       (required)
     alt_caption   one more text
     source_id     recordings of one source never end up in different splits                (default: the audio path)
-    split         train, val or test, in every row or in none
+    split         train, val (or validation) or test, in every row or in none
 
 Rows of one audio file, however its path is spelt, are one recording with all their captions. A number is taken as its
 digits, a list written out in a cell as the list. An empty cell is not given.
@@ -133,7 +133,9 @@ def _content_and_name(value: object) -> tuple[bytes | None, str | None]:
 def _row(where: str, values: dict[str, object], audio_id: str) -> Row:
     source, split = values.get("source_id"), values.get("split")
     source_id = audio_id if source is None else as_text(source)
-    split = split.strip().lower() if isinstance(split, str) else split
+    if isinstance(split, str):
+        split = split.strip().lower()
+        split = "val" if split == "validation" else split  # as the hub's data sets call it
     if split is not None and split not in SPLITS:
         raise UserError(f"{where}: expected train, val or test as split, found {split!r}")
     if source_id is None or not storable(source_id):

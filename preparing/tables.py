@@ -60,6 +60,7 @@ def _csv_table(path: Path, suffix: str) -> Table:
             file.seek(0)
             by_semicolon = suffix == ".csv" and "," not in header and ";" in header
             rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ";" if by_semicolon else ",")
+            _require_distinct(path, [name.strip().lower() for name in rows.fieldnames or ()])
             for number, row in enumerate(rows, start=1):
                 if None in row:
                     raise UserError(f"{path}, row {number}: expected {len(rows.fieldnames or ())} cells, found more")
@@ -68,6 +69,13 @@ def _csv_table(path: Path, suffix: str) -> Table:
         raise UserError(f"{path}: cannot be read as {suffix[1:]}, expected UTF-8 ({error}); save it as such") from error
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as {suffix.removeprefix('.')} ({error})") from error
+
+
+def _require_distinct(path: Path, names: list[str]) -> None:
+    """`UserError` where two columns have one name, of which a row would keep the last."""
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: expected each column once, found {', '.join(twice)} more than once")
 
 
 def _json_table(path: Path) -> Table:

@@ -1,5 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: one thread in each, and in what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from helpers.stores import make_header, make_splits, make_vectors

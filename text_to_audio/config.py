@@ -15,6 +15,8 @@ from common.errors import UserError
 
 Pooling = Literal["last", "mean", "cls"]
 TEMPERATURE_RANGE = (0.01, 1.0)  # CLIP's bounds for a learnt one
+# what the code did when there was no such setting yet: a checkpoint that lacks it was made so
+BEFORE = {"mean_removed": 1.0, "std_floor": 0.0, "spread": 1.0}
 
 
 @dataclass
@@ -62,6 +64,12 @@ class TrainingConfig:
     standardise: Literal["zscore", "centre", "none"] = "zscore"
     """what is done to an audio vector before it is given unit length: mean removed and each dimension divided by
     its standard deviation (over the train recordings), mean removed only, or nothing"""
+    mean_removed: float = -1.0
+    """share of the train recordings' mean that zscore and centre take off, from 0 to 1; -1: as little as leaves the
+    space a spread of 0.9"""
+    std_floor: float = 0.3
+    """zscore divides by a dimension's standard deviation, but by no less than so many times the root mean square of all
+    dimensions'; 0: no less than a thousandth of their median"""
 
     epochs: int = 20
     """most passes over the captions"""
@@ -78,9 +86,12 @@ class TrainingConfig:
     warmup_steps: int = 2000
     """optimizer steps of linear warm-up; the rest is a cosine to 0. Longer than the run: 10 %% of the steps"""
     temperature: float = 0.07
-    """InfoNCE temperature"""
+    """InfoNCE temperature for audio vectors that point everywhere; multiplied by the spread of a space's, which is less
+    than 1 where they have a direction in common"""
+    spread: float = field(default=1.0, metadata={"flag": False})
+    """spread of the audio space, measured: sqrt(1 - |mean unit vector|^2) of the train recordings"""
     learn_temperature: bool = False
-    """learn the temperature from there on, by its logarithm, between 0.01 and 1, at the head's rate"""
+    """learn the temperature from there on, by its logarithm, between 0.01 and 1 times the spread, at the head's rate"""
     label_smoothing: float = 0.0
     """share of the target probability spread over all candidates"""
     audio_negatives: Literal["micro", "batch", "bank"] = "batch"
@@ -96,7 +107,7 @@ class TrainingConfig:
     caption_dropout: float = 0.0
     """probability with which each sentence of a caption is left out, anew every time; one always stays"""
     patience: int = 5
-    """epochs without a better validation t2a_R@1 before the run stops"""
+    """epochs of which none is kept as best_r1 before the run stops"""
     baseline: bool = False
     """before training, fit a ridge regression from the frozen text encoder and print its test metrics"""
 
@@ -143,6 +154,11 @@ class TrainingConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
+    def scaled_temperature(self) -> float:
+        """The temperature that cosines of the audio space are divided by: the setting times the space's spread."""
+        return self.temperature * self.spread
+
+    @property
     def torch_device(self) -> torch.device:
         """The device that `device` means on this machine."""
         return choose_device(self.device, must_be_there=False)
@@ -177,7 +193,7 @@ class TrainingConfig:
                 f"{source}: its config has settings this version does not know ({', '.join(unknown)}); "
                 f"it was written by a newer version"
             )
-        return cls(**values)
+        return cls(**{**BEFORE, **values})
 
     def check(self) -> None:
         """Raise one `UserError` that lists every setting that cannot be."""
@@ -196,8 +212,9 @@ _RANGES = {
     "more than 0": (lambda value: 0 < value < float("inf"), "lr temperature lora_alpha"),
     "0 or more": (
         lambda value: 0 <= value < float("inf"),
-        "text_lr weight_decay warmup_steps seed save_every_steps text_queue num_workers memory_gb",
+        "text_lr weight_decay warmup_steps seed save_every_steps text_queue num_workers memory_gb std_floor",
     ),
+    "from 0 to 1, or -1": (lambda value: 0 <= value <= 1 or value == -1, "mean_removed"),
     "from 0 to below 1": (lambda value: 0 <= value < 1, "head_dropout lora_dropout label_smoothing caption_dropout"),
     "a name": (lambda value: bool(value.strip()), "audio_encoder data_path text_model checkpoint_dir log_dir"),
 }

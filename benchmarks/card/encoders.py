@@ -29,8 +29,9 @@ def noise(encoder: AudioEmbeddingModel, clips: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * envelope
 
 
-def measure_encoders(folder: Path, device: torch.device, batch_size: int) -> Iterator[tuple[str, dict[str, float]]]:
+def measure_encoders(folder: Path, device: torch.device, small: bool) -> Iterator[tuple[str, dict[str, float]]]:
     """Each encoder in each precision: clips/s, peak GiB, largest difference to the CPU / largest value, cosine."""
+    batch_size, rounds, warm = (2, 1, 0) if small else (32, 3, 2)
     for name in FOLDERS:
         reference = None
         for precision in PRECISIONS:
@@ -40,7 +41,9 @@ def measure_encoders(folder: Path, device: torch.device, batch_size: int) -> Ite
             if reference is None:
                 reference = encoder_spec(folder, name, "cpu").load().embed_windows(clips[:2])
             vectors = encoder.embed_windows(clips[:2])
-            seconds = seconds_of(lambda encoder=encoder, clips=clips: encoder.embed_windows(clips), device, 3, 2)
+            seconds = seconds_of(
+                lambda encoder=encoder, clips=clips: encoder.embed_windows(clips), device, rounds, warm
+            )
             yield (
                 f"{name} {precision}",
                 {

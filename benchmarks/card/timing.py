@@ -42,7 +42,7 @@ def peak_gib(device: torch.device) -> float:
 
 def ceilings(device: torch.device, small: bool) -> dict[str, float]:
     """What the card gives at best: TFLOP/s of square products, TB/s of a copy (bytes read and written)."""
-    size = 1024 if small else 8192
+    size = 256 if small else 8192
     found = {}
     for name, dtype in (("bf16 product, TFLOP/s", torch.bfloat16), ("float32 product, TFLOP/s", torch.float32)):
         a, b = torch.randn(2, size, size, device=device, dtype=dtype)

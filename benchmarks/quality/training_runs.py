@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,12 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("t2a_R@1", "t2a_R@10", "t2a_MRR", "a2t_R@1")
 
 
-def train_once(encoder: str, flags: list[str], timed: bool = False) -> dict:
+def train_once(
+    encoder: str, flags: list[str], timed: bool = False, measure: Callable[[Path], dict] | None = None
+) -> dict:
     """Train with these flags and return the summary's entry of `encoder`, with what the run took.
 
-    Adds "seconds" and "cpu_seconds" of the whole process, "step_seconds" (see there) if `timed`, and "ridge" where the
-    flags have --baseline. Paths in the flags are absolute: the process has an empty folder of its own. `UserError`
-    where it fails.
+    Adds "seconds" and "cpu_seconds" of the whole process, "step_seconds" (see there) if `timed`, "ridge" where the
+    flags have --baseline, and what `measure` finds in the folder of checkpoints. Paths in the flags are absolute: the
+    process has an empty folder of its own. `UserError` where it fails.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -42,7 +45,7 @@ def train_once(encoder: str, flags: list[str], timed: bool = False) -> dict:
             entry["step_seconds"] = step_seconds(folder / "logs" / encoder)
         if "--baseline" in flags:
             entry["ridge"] = ridge_row(encoder, (folder / "train.log").read_text(encoding="utf-8"))
-        return entry
+        return entry | (measure(folder / "checkpoints") if measure else {})
 
 
 def cpu_seconds_of_children() -> float:
@@ -90,7 +93,9 @@ def append_result(path: Path, result: dict) -> None:
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and sample standard deviation as text; the mean alone of one value."""
+    """Mean and sample standard deviation as text; the mean alone of one value, nothing of none."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -37,6 +37,7 @@ class SndfileSource:
     def __init__(self, file: BinaryIO, own: bool):
         self._file, self._own = file, own
         reader = ByteReader(file)
+        self._size = reader.size
         self._header = read_header(reader)
         self._streams = [self._header.pieces] if self._header.pieces else _streams(reader)
         with self._open(self._streams[0]) as sound:
@@ -57,8 +58,8 @@ class SndfileSource:
         if pieces is None and self._own:
             os.lseek(self._file.fileno(), 0, os.SEEK_SET)
             return _ForwardOnly(self._file.fileno(), closefd=False)
-        self._file.seek(0)
-        return _ForwardOnly(self._file if pieces is None else Spliced(self._file, pieces))
+        # libsndfile may ask for a place before the beginning, which a file of Python's answers with a traceback
+        return _ForwardOnly(Spliced(self._file, [(0, self._size)] if pieces is None else pieces))
 
 
 def _promised(header: Header, counted: int) -> float:

@@ -152,12 +152,20 @@ def _what_it_is(file: BinaryIO) -> str | None:
     head = file.read(4096)
     if not head:
         return "an empty file"
-    if not any(head):
+    if not any(head) and not _sounds_follow(file):
         return "nothing but zeros"
     if b"<html" in head[:1024].lower() or head.lstrip().lower().startswith(b"<!doctype html"):
         return "an HTML page"
     known = next((text for signature, text in _SIGNATURES if head.startswith(signature)), None)
     return known or ("a text" if _is_text(head) else None)
+
+
+def _sounds_follow(file: BinaryIO) -> bool:
+    """Whether the rest of a file is anything but zeros."""
+    while block := file.read(1 << 20):
+        if any(block):
+            return True
+    return False
 
 
 def _is_text(head: bytes) -> bool:

@@ -53,9 +53,10 @@ class Spliced:
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position; see `io.IOBase.seek`."""
+        """Go to a position; stay, as the system's lseek does, where it would be before the beginning."""
         size = self._ends[-1] if self._ends else 0
-        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: size}[whence])
+        wanted = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: size}[whence]
+        self._position = wanted if wanted >= 0 else self._position
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:

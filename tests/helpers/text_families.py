@@ -71,6 +71,12 @@ FAMILIES = {
     "Bloom": ("BloomConfig", "BloomModel", {"hidden_size": DIM, "n_layer": LAYERS, "n_head": HEADS}),
 }  # fmt: skip
 
+# what is odd about some more: no list of blocks; vectors narrower than hidden_size (as facebook/opt-350m's)
+ODD = {
+    "XLM": ("XLMConfig", "XLMModel", {"emb_dim": DIM, "n_layers": LAYERS, "n_heads": HEADS}),
+    "OPT with a narrow end": ("OPTConfig", "OPTModel", FAMILIES["OPT"][2] | {"word_embed_proj_dim": 8}),
+}
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words as tokens, between [CLS] and [SEP]; [PAD] is 1, as RoBERTa wants it."""
@@ -90,7 +96,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def make_family(name: str, folder: Path) -> str:
     """Write a tiny model of this family with its tokenizer; returns the folder."""
     words = tokenizer()
-    config_name, model_name, fields = FAMILIES[name]
+    config_name, model_name, fields = (FAMILIES | ODD)[name]
     shared = {"vocab_size": len(words), "pad_token_id": 1, "eos_token_id": 3, "bos_token_id": 2}
     if "text_config" in fields:
         fields = fields | {"text_config": fields["text_config"] | shared}

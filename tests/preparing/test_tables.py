@@ -131,6 +131,7 @@ def test_an_empty_split_is_said_at_once(tmp_path):
     [
         ("audio,caption\na.wav,b,c\n", "row 1: expected 2 cells, found more"),
         ("audio,caption\n", "found no row"),
+        ("audio,caption,Caption \na.wav,b,\n", "table.csv: expected each column once, found caption more than once"),
         ('audio,caption\na.wav,"b\n', "a.wav"),
     ],
 )
@@ -150,3 +151,13 @@ def test_what_is_no_text_is_refused_by_its_type(tmp_path):
     (tmp_path / "table.csv").write_bytes("audio,caption\na.wav,caf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match="cannot be read as csv, expected UTF-8"):
         opened(tmp_path / "table.csv")
+
+
+def test_validation_is_val_and_other_names_are_refused(tmp_path):
+    names = ["validation", "Val", "test", "train"]
+    rows = [{"audio": f"{name}.wav", "caption": "a", "split": name} for name in names]
+    dataset = opened(json_lines(tmp_path / "table.jsonl", rows))
+    found = {each.audio_id: each.split for each in dataset.recordings}
+    assert found == {"validation.wav": "val", "Val.wav": "val", "test.wav": "test", "train.wav": "train"}
+    with pytest.raises(UserError, match="line 1: expected train, val or test as split, found 'dev'"):
+        opened(json_lines(tmp_path / "table.jsonl", [{**rows[0], "split": "dev"}]))

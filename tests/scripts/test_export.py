@@ -81,12 +81,14 @@ def test_peft_and_the_card_s_snippet_give_the_same_vectors(made, monkeypatch):
 
 def test_metrics_are_those_of_this_checkpoint_or_none(made):
     assert "not measured" in (run() / "README.md").read_text()
-    update_summary(Path("."), "muq", {"t2a_R@1": 45.25, "epoch": 3})
+    update_summary(Path("."), "muq", {"t2a_R@1": 45.25, "epoch": 3, "query_gb": 8.84})
     card = (run() / "README.md").read_text()
     assert "| t2a_R@1 | 45.25 |" in card
     assert "| t2a_R@1 | 12.5 |" in card
     assert "| data set | test recordings | r7 |" in card
     assert "| c0ffee |" in card
+    assert "takes about 8.8 GB of memory on a CPU." in card
+    assert "| query_gb" not in card
     assert "tiny/muq" in card
     update_summary(Path("."), "muq", {"t2a_R@1": 45.25, "epoch": 2})
     assert "45.25" not in (run() / "README.md").read_text()

@@ -1,21 +1,48 @@
 """kill -9 while indexing: the same command then leaves no duplicate and nothing missing."""
 
-import os
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.forked_script import ForkedScript
 from helpers.small_library import base_text_model, write_checkpoint, write_music
 from music_library.index_space import IndexSpace, read_head
 from music_library.milvus_index import FIELD, VectorDatabase
 from music_library.vector_files import VectorFiles
 
-TESTS = Path(__file__).parents[1]
 KILLS = 10
+
+
+def kill_runs(script, parent, words):
+    """kill -9 at instants spread over a run, in one folder; then a run may end. Returns how many were killed."""
+    folder, killed = parent / "folder", 0
+    whole = run(script, parent / "trial", words)
+    for number in range(KILLS):
+        if number == KILLS // 2:  # once all is there, kill runs that have something to replace
+            for path in (folder / "music").iterdir():
+                path.write_bytes(path.read_bytes() + b"\0\0")
+        script.start(folder, words)
+        began = time.monotonic()
+        time.sleep(whole * (number + 0.5) / KILLS)
+        script.kill()
+        code = script.wait()
+        assert code in (-signal.SIGKILL, 0), (folder / "stderr.txt").read_text()
+        killed += code != 0
+        whole = whole if code else min(whole, time.monotonic() - began)
+    run(script, folder, words)
+    return killed
+
+
+def run(script, folder, words):
+    """Seconds of a run that nothing stops."""
+    script.start(folder, words)
+    began = time.monotonic()
+    assert script.wait() == 0, (folder / "stderr.txt").read_text()
+    return time.monotonic() - began
 
 
 @pytest.mark.slow
@@ -25,20 +52,9 @@ def test_killed_ten_times(tmp_path, tiny_models):
         write_music(tmp_path / name / "music", 8, seconds=4.0, suffixes=(".wav", ".flac"))
     words = ["music", "--checkpoint", checkpoint, "--moments", "--device", "cpu", "--batch-size", "1"]
     words += ["--muq-backbone", tiny_models / "muq_large"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [
-        sys.executable,
-        TESTS / "helpers" / "kill_indexing.py",
-        tmp_path / "trial",
-        tmp_path / "folder",
-        KILLS,
-        *words,
-    ]
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    killed, code = map(int, answer.stdout.splitlines()[-1].split())
-    assert code == 0, answer.stderr[-2000:]
-    assert killed >= KILLS // 2  # the others were faster than the trial
+    with ForkedScript("index_library") as script:
+        killed = kill_runs(script, tmp_path, words)
+    assert killed >= KILLS // 2  # the others were faster than the one before
     data = tmp_path / "folder/data"
     expected = {str(path) for path in (tmp_path / "folder/music").iterdir()}
     head, _, recorded = read_head(checkpoint)

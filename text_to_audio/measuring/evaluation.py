@@ -15,7 +15,7 @@ from text_to_audio.loading.captions import CaptionSet, source_numbers
 from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.loss.objective import Scores, contrastive_objective, together
-from text_to_audio.measuring.metrics import retrieval_metrics
+from text_to_audio.measuring.metrics import retrieval_metrics, text_to_audio_ranks
 from text_to_audio.model.head import Projection, ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder, token_batches
 from text_to_audio.processes import ALONE, Processes
@@ -199,15 +199,21 @@ class Evaluator:
     ) -> dict[str, float]:
         """The metrics of the split, and "loss", the training loss over fixed batches.
 
-        temperature: where it is learnt, what it is by now; None is the config's. text: what `embed` gave, where the
-        same captions are measured in several spaces.
+        temperature: where it is learnt, what it is by now; None is the config's, in its space. text: what `embed` gave,
+        where the same captions are measured in several spaces.
         """
         text = self.embed(text_encoder) if text is None else text
         self.latest = scores = self.scores(text, projection)
         metrics = gallery_metrics(scores, self.gallery)
-        temperature = temperature or self.config.temperature
+        temperature = temperature or self.config.scaled_temperature
         loss = gallery_loss(scores, self.gallery, self.tokens.lengths, self.config, temperature)
         return {**metrics, "loss": loss}
+
+    def hits(self) -> Tensor:
+        """Which captions found their recording first in the last measurement, (captions,) bool."""
+        if self.latest is None:
+            raise ValueError("the evaluator has not measured anything yet")
+        return text_to_audio_ranks(self.latest, torch.from_numpy(self.gallery.captions.caption_audio)) == 1
 
 
 def by_subset(metrics: dict[str, float], name: str) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Retrieval metrics from a matrix of scores: R@K in percent, MRR in 0..1, median rank from 1."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -53,6 +54,20 @@ def retrieval_metrics(scores: Tensor, caption_audio: Tensor) -> dict[str, float]
         **_summarise("t2a", text_to_audio_ranks(scores, caption_audio)),
         **_summarise("a2t", audio_to_text_ranks(scores, caption_audio)),
     }
+
+
+def standard_error(values: Tensor, caption_audio: Tensor) -> float:
+    """Standard error of the mean of `values` (captions,), taken over recordings; infinite of a single one.
+
+    Captions of one recording are not independent, so their deviations are summed first: with n recordings, C captions,
+    sqrt(n / (n - 1) * sum over recordings of (sum of (value - mean))^2) / C (a ratio estimate; Cochran 1977).
+    """
+    recordings, own = torch.unique(caption_audio, return_inverse=True)
+    n, values = len(recordings), values.double()
+    if n < 2:
+        return math.inf
+    sums = values.new_zeros(n).index_add_(0, own, values - values.mean())
+    return math.sqrt(n / (n - 1) * sums.square().sum().item()) / len(values)
 
 
 def _summarise(direction: str, ranks: Tensor) -> dict[str, float]:

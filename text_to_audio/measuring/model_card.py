@@ -23,6 +23,7 @@ _TEMPLATES = templates_beside(__file__)
 def model_card(contents: dict, config: TrainingConfig, checkpoint: Path) -> str:
     """The card as Markdown. Raises `UserError` where the text model's config cannot be read."""
     space, dataset = contents.get("audio_space", {}), contents.get("dataset", {})
+    test = _test_metrics(contents, config, checkpoint)
     return _TEMPLATES.get_template("model_card.md").render(
         config=config,
         checkpoint=checkpoint.name,
@@ -31,7 +32,8 @@ def model_card(contents: dict, config: TrainingConfig, checkpoint: Path) -> str:
         audio_encoder={key: space.get(key) or UNKNOWN for key in ("id", "revision", "recipe")},
         dataset={key: dataset.get(key) or UNKNOWN for key in ("name", "revision")},
         validation=contents.get("metrics") or {},
-        test=_test_metrics(contents, config, checkpoint),
+        test={name: value for name, value in test.items() if name != "query_gb"},
+        query_gb=test.get("query_gb"),
         summary=FILE_NAME,
         encoder_licence=licence_note(config.audio_encoder),
         **_snippet_values(config),

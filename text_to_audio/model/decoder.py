@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from text_to_audio.model.held_weights import linear
 from text_to_audio.model.lora import LoraProjection
 
 
@@ -114,7 +115,7 @@ class SwiGLU(torch.autograd.Function):
 def project(x: Tensor, weights: Projection, dropout: float) -> Tensor:
     """The projections of (tokens, inputs)."""
     if weights.a is None:
-        return F.linear(x, weights.weight, weights.bias)
+        return linear(x, weights.weight, weights.bias)
     return LoraProjection.apply(x, *weights, dropout)
 
 

@@ -88,10 +88,22 @@ def forward_pass(model: PeftModel, recomputed: int, compiled: bool) -> ForwardPa
 
 
 def layers_of(backbone: nn.Module) -> list[nn.Module]:
-    """The backbone's blocks: the longest list of modules of one class in it."""
-    lists = [list(each) for each in backbone.modules() if isinstance(each, nn.ModuleList)]
-    alike = [each for each in lists if len({type(module) for module in each}) == 1]
-    return max(alike, key=len, default=[])
+    """The backbone's blocks, through which everything goes one after the other; empty where it is not made of such.
+
+    That is its longest list of modules of one class. Lists of one length side by side are parts of blocks that stand
+    apart (XLM's attentions, norms and feed-forward layers), of which none is a block.
+    """
+    found: list[list[nn.Module]] = []
+    for parent in backbone.modules():
+        lists = [list(each) for each in parent.children() if isinstance(each, nn.ModuleList)]
+        lengths = [len(each) for each in lists]
+        found += [each for each in lists if lengths.count(len(each)) == 1 and _alike(each)]
+    return max(found, key=len, default=[])
+
+
+def _alike(modules: list[nn.Module]) -> bool:
+    """Whether they are of one class, which is more than a list of further modules."""
+    return len({type(module) for module in modules}) == 1 and not isinstance(modules[0], nn.ModuleList)
 
 
 def compiles_by_layer(backbone: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STD_FLOOR = 1e-3  # of the space's median standard deviation, so that dead dimensions do not explode
+LEAST_STD = 1e-3  # of the median standard deviation: the least divisor, so that dead dimensions do not explode
 
 
 class Projection(Protocol):
@@ -47,18 +47,28 @@ class ProjectionHead(nn.Module):
         self.register_buffer("mean", torch.zeros(audio_dim))
         self.register_buffer("std", torch.ones(audio_dim))
 
-    def set_statistics(self, mean: np.ndarray, std: np.ndarray, mode: str) -> None:
+    def set_statistics(
+        self, mean: np.ndarray, std: np.ndarray, mode: str, mean_removed: float = 1.0, std_floor: float = 0.0
+    ) -> None:
         """Set the space from mean and standard deviation (audio_dim,): "zscore", "centre" or "none" uses of them.
 
-        Raises `ValueError` where they are not finite.
+        mean_removed: the share of the mean that is taken off. std_floor: the least divisor of "zscore", in root mean
+        squares of the deviations. A dimension that hardly varied in training and does in other music would else hold
+        all the energy of that music's vectors. Raises `ValueError` where the statistics are not finite.
         """
         centre, spread = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
         if not (torch.isfinite(centre).all() and torch.isfinite(spread).all()):
             raise ValueError("the space's mean and standard deviation are not finite")
         alive = spread[spread > 0]
-        floor = STD_FLOOR * alive.median() if len(alive) else torch.tensor(1.0)
-        self.mean.copy_(torch.zeros_like(centre) if mode == "none" else centre)
+        least = LEAST_STD * alive.median() if len(alive) else torch.tensor(1.0)
+        floor = torch.maximum(std_floor * spread.double().square().mean().sqrt().float(), least)
+        self.mean.copy_(torch.zeros_like(centre) if mode == "none" else mean_removed * centre)
         self.std.copy_(spread.clamp_min(floor) if mode == "zscore" else torch.ones_like(spread))
+
+    @property
+    def standardises(self) -> bool:
+        """Whether audio vectors are shifted or scaled before they are given unit length."""
+        return bool((self.mean != 0).any() or (self.std != self.std[0]).any())
 
     @property
     def last_layer(self) -> nn.Linear:

@@ -11,6 +11,7 @@ import torch
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.checkpoints import read_checkpoint, restore_weights
 from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.pretrained import load_pretrained
 from text_to_audio.model.text_encoder import TextEncoder, pad_tokens, token_batches
 
 
@@ -33,23 +34,27 @@ class LoadedCheckpoint:
         return iter((self.text_encoder, self.projection, self.config))
 
 
-def load_checkpoint(path: str | Path, device: str = "auto", contents: dict | None = None) -> LoadedCheckpoint:
+def load_checkpoint(
+    path: str | Path, device: str = "auto", contents: dict | None = None, precision: str = ""
+) -> LoadedCheckpoint:
     """A checkpoint's text encoder and head, on `device` and in evaluation mode, its config and what else it says.
 
     A temperature that was learnt stands in the config as it was learnt. contents: what `read_checkpoint` gave, where
-    the caller has looked into the file already.
+    the caller has looked into the file already. precision: of the arithmetic, "bf16" or "fp32"; "" is what the
+    checkpoint's config says. On a CPU float32 arithmetic takes weights published in 16 bits as they are.
     Raises `UserError` where the file is missing or no checkpoint, or its text model cannot be loaded.
     """
     path = Path(path)
     contents = read_checkpoint(path) if contents is None else contents
     asked = {"device": device, "compile": "off"}  # the layers are compiled for training alone
+    asked |= {"precision": precision} if precision else {}
     config = TrainingConfig.from_dict({**contents["config"], **asked}, str(path))
     config.check()
-    text_encoder = TextEncoder(config)
+    text_encoder = TextEncoder(config, load_pretrained(config, for_queries=True))
     projection = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
     restore_weights(path, contents, text_encoder, projection)
     if config.learn_temperature:
-        config.temperature = math.exp(contents["log_temperature"])
+        config.temperature = math.exp(contents["log_temperature"]) / config.spread
     return LoadedCheckpoint(
         text_encoder.eval(),
         projection.to(config.torch_device).eval(),

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from text_to_audio.model.held_weights import linear
+
 ADAPTER = "default"  # PEFT's name for the one that a model is given
 
 
@@ -28,7 +30,7 @@ class LoraProjection(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b_t: Tensor, dropout: float
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = linear(x, weight, bias)
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         h = F.linear(dropped, a)
         # torch 2.11 compiles a function that changes its result in place to one without gradients; and compiled, the
@@ -46,7 +48,7 @@ class LoraProjection(torch.autograd.Function):
         grad_a = torch.tensordot(grad_h, dropped, dims=([0], [0]))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight)
+            grad_x = torch.mm(grad, weight.to(grad.dtype))
             if mask is None:
                 grad_x.addmm_(grad_h, a)
             else:

@@ -22,21 +22,30 @@ from transformers.utils import logging as transformers_logging
 from common.errors import UserError
 from common.hub import fetch_model_folder
 from text_to_audio.config import Pooling, TrainingConfig
+from text_to_audio.model.forward_pass import compiles_by_layer
+from text_to_audio.model.held_weights import is_narrower, published_dtype
 from text_to_audio.model.pooling import model_pooling
 
 SMALL_FILES = ["*.json", "*.txt", "*.model"]  # all of a model's folder but its weights
 
 
 class Pretrained(NamedTuple):
-    """A text model's parts; `revision` is the hub's, None for a local folder."""
+    """A text model's parts; `revision` is the hub's, None for a local folder.
+
+    held: the type in which a query on a CPU holds the weights.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     backbone: PreTrainedModel
     revision: str | None
+    held: torch.dtype = torch.float32
 
 
-def load_pretrained(config: TrainingConfig) -> Pretrained:
-    """Tokenizer and backbone with their weights, in the run's precision; `UserError` where they cannot be had whole."""
+def load_pretrained(config: TrainingConfig, for_queries: bool = False) -> Pretrained:
+    """Tokenizer and backbone with their weights, in the run's precision; `UserError` where they cannot be had whole.
+
+    for_queries: on a CPU the weights of a decoder that were published in 16 bits stay so; see `held_weights`.
+    """
     name = config.text_model
     folder = _fetch(name)
     shown = transformers_logging.is_progress_bar_enabled()
@@ -45,9 +54,10 @@ def load_pretrained(config: TrainingConfig) -> Pretrained:
         with _one_line_errors(name, folder):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             kind, text_config = _text_part(name, AutoConfig.from_pretrained(folder))
-            backbone, report = kind.from_pretrained(
-                folder, config=text_config, dtype=_dtype(config), output_loading_info=True
-            )
+            held = _held_dtype(folder, kind, text_config)
+            narrow = for_queries and config.torch_device.type == "cpu" and is_narrower(held, _dtype(config))
+            dtype = held if narrow else _dtype(config)
+            backbone, report = kind.from_pretrained(folder, config=text_config, dtype=dtype, output_loading_info=True)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -55,7 +65,7 @@ def load_pretrained(config: TrainingConfig) -> Pretrained:
     if config.bf16 and config.torch_device.type == "cuda" and is_flash_attn_2_available():
         with suppress(ValueError):  # a model that has no such attention keeps torch's (SDPA)
             backbone.set_attn_implementation("flash_attention_2")
-    return _checked(folder, tokenizer, backbone)
+    return _checked(folder, tokenizer, backbone)._replace(held=held)
 
 
 def without_weights(config: TrainingConfig) -> Pretrained:
@@ -123,6 +133,17 @@ def _small_files(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: expected a text model in the Hugging Face format, found no config.json")
     return folder
+
+
+def _held_dtype(
+    folder: Path, kind: type[AutoModel | AutoModelForTextEncoding], config: PretrainedConfig
+) -> torch.dtype:
+    """The type in which a query on a CPU holds a model's weights: the published one, where we compute the layers."""
+    published = published_dtype(folder)
+    if published == torch.float32:
+        return published
+    with torch.device("meta"):
+        return published if compiles_by_layer(kind.from_config(config)) else torch.float32
 
 
 def _dtype(config: TrainingConfig) -> torch.dtype:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UserError
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.forward_pass import forward_pass, layers_of
+from text_to_audio.model.held_weights import is_narrower, widen_around
 from text_to_audio.model.pooling import POOLS, family_pooling
 from text_to_audio.model.pretrained import Pretrained, load_pretrained
 
@@ -35,7 +36,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.name, self.max_length = config.text_model, config.max_length
         self.bf16 = config.bf16
-        self.tokenizer, backbone, self.revision = parts or load_pretrained(config)
+        self.tokenizer, backbone, self.revision, self.held = parts or load_pretrained(config)
         backbone.config.use_cache = False
         self.attention = backbone.config._attn_implementation
         kind = backbone.config.model_type
@@ -48,8 +49,11 @@ class TextEncoder(nn.Module):
         with warnings.catch_warnings():  # transformers' older names, which its whole range and peft know
             warnings.simplefilter("ignore", FutureWarning)
             self.model = add_lora(backbone, config)
+        if not self.bf16 and is_narrower(backbone.dtype, torch.float32):
+            widen_around(self.model.get_base_model())
         self.layers = len(layers_of(backbone))
-        self._pass = forward_pass(self.model, config.layers_recomputed(self.layers), config.compile == "on")
+        self.recomputed = config.layers_recomputed(self.layers)
+        self._pass = forward_pass(self.model, self.recomputed, config.compile == "on")
         self.to(config.torch_device)
 
     def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -55,7 +55,7 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
 
 def _as_before(config: TrainingConfig, before: TrainingConfig) -> None:
     """Take what the run chose when it began. One from before there was a choice was not compiled."""
-    config.pooling = before.pooling
+    config.pooling, config.mean_removed, config.std_floor = before.pooling, before.mean_removed, before.std_floor
     if config.compile == "auto":
         config.compile = "off" if before.compile == "auto" else before.compile
     if before.gradient_checkpointing == "auto" and before.memory_gb == config.memory_gb:

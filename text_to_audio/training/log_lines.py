@@ -83,6 +83,11 @@ def announce(run: Run) -> None:
         f"{config.layers_recomputed(layers)} of {layers} text layers recomputed, compile {config.compile}"
     )
     for space in run.spaces:
+        own = space.config
+        log.info(
+            f"{own.audio_encoder} space: {own.standardise}, {own.mean_removed:.0%} of the mean taken off, spread "
+            f"{own.spread:.2f}, temperature {own.scaled_temperature:.4f}"
+        )
         if space.bank:
             size = space.bank.nbytes / 1e9
             log.info(f"bank: {len(space.bank)} recordings, {size:.2f} GB, kept in: {space.bank.place}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from store.reading import EmbeddingStore
-from text_to_audio.config import TrainingConfig
+from text_to_audio.config import BEFORE, TrainingConfig
 from text_to_audio.measuring.summary import FILE_NAME, read_summary
 from text_to_audio.model.checkpoints import checkpoint_path, read_checkpoint, save_checkpoint
 
@@ -22,17 +22,8 @@ MAY_CHANGE = {
     "data_path", "checkpoint_dir", "log_dir", "resume", "save_every_steps", "device", "gradient_checkpointing",
     "epochs", "patience", "baseline", "compile", "num_workers", "memory_gb", "recomputed_layers",
 }  # fmt: skip
-MEASURED = {"text_dim", "audio_dim"}  # of the model and the store, which are compared themselves
+MEASURED = {"text_dim", "audio_dim", "spread"}  # of the model and the store, which are compared themselves
 NEEDED = {"optimizer_state_dict", "schedule_state_dict", "random_state", "progress", "spaces", "step", "queue"}
-
-
-@dataclass
-class Best:
-    """The best validation scores so far; (R@1, MRR) decide together, MRR breaking ties."""
-
-    r1: tuple[float, float] = (-1.0, -1.0)
-    r1_epoch: int = 0
-    loss: float = float("inf")
 
 
 @dataclass
@@ -165,7 +156,12 @@ def _read(path: Path, mapped: bool) -> Checkpoint:
 
 def _check_settings(found: Checkpoint, config: TrainingConfig) -> None:
     before = found.config
-    left_open = {"pooling"} if config.pooling == "auto" else set[str]()  # then it is what it was
+    # what the command line leaves to the run is what it was, and so is a setting that did not exist when it began
+    automatic = {"pooling": "auto", "mean_removed": -1}
+    left_open = {name for name, auto in automatic.items() if getattr(config, name) == auto}
+    for name, value in BEFORE.items():
+        if getattr(before, name) == value and getattr(config, name) == getattr(TrainingConfig, name):
+            left_open.add(name)
     other = [
         f"{each.name} was {getattr(before, each.name)!r} and is {getattr(config, each.name)!r}"
         for each in fields(config)
@@ -207,7 +203,7 @@ def say_if_done(found: Checkpoint, config: TrainingConfig, log: Logger) -> bool:
 
 
 def best_epoch(found: Checkpoint) -> int:
-    """The last epoch in which a space's validation R@1 was better than before."""
+    """The latest of the epochs that the spaces keep."""
     return max(space["best"]["r1_epoch"] for space in found.contents["spaces"].values())
 
 

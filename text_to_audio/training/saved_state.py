@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from text_to_audio.model.checkpoints import head_state, model_state, restore_weights
-from text_to_audio.training.resuming import Best, Checkpoint, Progress
+from text_to_audio.training.keeping import Best
+from text_to_audio.training.resuming import Checkpoint, Progress
 from text_to_audio.training.training_run import Run, Space
 
 
@@ -58,8 +59,9 @@ def _state_of(run: Run, space: Space, whole: dict) -> dict:
     return {
         "projection_state_dict": whole.get("projection_state_dict") or head_state(space.projection),
         "log_temperature": space.temperature.log.item(),
+        "measured": {"mean_removed": space.config.mean_removed, "spread": space.config.spread},
         "audio_space": run.store.encoders[space.name],
-        "best": {"r1": list(space.best.r1), "r1_epoch": space.best.r1_epoch, "loss": space.best.loss},
+        "best": space.best.state(),
         "points": space.writer.points_of(run.step) if space.writer else {},
     }
 
@@ -79,8 +81,7 @@ def restore(found: Checkpoint, run: Run) -> None:
         restore_weights(found.path, weights, run.text_encoder, space.projection)
         with torch.no_grad():
             space.temperature.log.fill_(state["log_temperature"])
-        best = state["best"]
-        space.best = Best(tuple(best["r1"]), best["r1_epoch"], best["loss"])
+        space.best = Best.from_state(state["best"])
     groups = run.optimizer.state_dict()["param_groups"]  # as built for this device; the settings are the same
     run.optimizer.load_state_dict({"state": contents["optimizer_state_dict"]["state"], "param_groups": groups})
     run.schedule.load_state_dict(contents["schedule_state_dict"])

@@ -1,6 +1,6 @@
 """A training run: the models, data, optimizer and files it works with, made from its settings."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from logging import Logger
 from pathlib import Path
 
@@ -14,20 +14,14 @@ from text_to_audio.loading.batches import batches_per_epoch
 from text_to_audio.loading.captions import CaptionSet
 from text_to_audio.loading.step_data import StepReader
 from text_to_audio.loading.tokens import TokenCache
-from text_to_audio.loading.vectors import AudioVectors
-from text_to_audio.loss.bank import build_bank
 from text_to_audio.loss.text_queue import TextQueue
 from text_to_audio.measuring.curves import CurveWriter
-from text_to_audio.measuring.evaluation import Evaluator
 from text_to_audio.model.checkpoints import checkpoint_path
-from text_to_audio.model.checks import check_text_encoder
-from text_to_audio.model.head import ProjectionHead
-from text_to_audio.model.temperature import Temperature
+from text_to_audio.model.checks import check_recomputation, check_text_encoder
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
 from text_to_audio.training.optimisation import build_optimizer, build_schedule, warmup_length
 from text_to_audio.training.resuming import (
-    Best,
     Checkpoint,
     LastCheckpoint,
     Progress,
@@ -35,21 +29,9 @@ from text_to_audio.training.resuming import (
     curve_start,
     resume_command,
 )
-from text_to_audio.training.step_models import SpaceModels, StepModels
+from text_to_audio.training.spaces import Space, build_spaces
+from text_to_audio.training.step_models import StepModels
 from text_to_audio.training.stopping import StopRequest
-
-
-@dataclass(kw_only=True)
-class Space(SpaceModels):
-    """One audio space of a run: also its recordings, how it is measured, and how well it has done so far.
-
-    writer: after `open_curves` in the process that writes, else None.
-    """
-
-    vectors: AudioVectors
-    validation: Evaluator
-    writer: CurveWriter | None = None
-    best: Best = field(default_factory=Best)
 
 
 @dataclass(kw_only=True)
@@ -73,7 +55,7 @@ class Run(StepModels):
 
     @property
     def best_epoch(self) -> int:
-        """The last epoch in which a space's validation R@1 was better than before."""
+        """The latest of the epochs that the spaces keep."""
         return max(space.best.r1_epoch for space in self.spaces)
 
 
@@ -92,10 +74,11 @@ def prepare(
         torch.set_float32_matmul_precision("high")  # TF32 for the head and the cosines
     text_encoder = TextEncoder(config)
     check_text_encoder(text_encoder)
+    check_recomputation(text_encoder, config)
     config = measured(config, store, text_encoder)
     captions = CaptionSet.of(store.split("train"))
     tokens = TokenCache(text_encoder, captions.captions)
-    spaces = build_spaces(config, store, text_encoder, processes)
+    spaces = build_spaces(config, store, text_encoder, processes, resumed)
     vectors = {space.name: space.vectors for space in spaces}
     steps = config.epochs * batches_per_epoch(captions.caption_source, config.effective_batch_size)
     heads = [(space.projection, space.temperature) for space in spaces]
@@ -137,46 +120,8 @@ def measured(config: TrainingConfig, store: EmbeddingStore, text_encoder: TextEn
     return replace(config, text_dim=text_encoder.dim, audio_dim=dims[0] if len(dims) == 1 else 0)
 
 
-def build_spaces(
-    config: TrainingConfig,
-    store: EmbeddingStore,
-    text_encoder: TextEncoder,
-    processes: Processes,
-) -> list[Space]:
-    """A head, temperature, recordings and validation for each audio space of the config."""
-    spaces: list[Space] = []
-    for name in config.audio_encoders:
-        own = replace(config, audio_encoder=name, audio_dim=store.dim(name))
-        projection = build_projection(own, store)
-        vectors = AudioVectors(store, "train", name)
-        bank = build_bank(own, store, vectors, projection) if config.audio_negatives == "bank" else None
-        temperature = Temperature(config.temperature, config.learn_temperature).to(config.torch_device)
-        tokens = spaces[0].validation.tokens if spaces else None
-        validation = Evaluator(text_encoder, store, "val", own, processes, tokens)
-        spaces.append(
-            Space(
-                config=own, projection=projection, temperature=temperature, bank=bank, vectors=vectors,
-                validation=validation,
-            )
-        )  # fmt: skip
-    return spaces
-
-
 def open_curves(run: Run, resumed: Checkpoint | None) -> None:
     """Begin the TensorBoard curves of each space, or go on with those of the checkpoint `resumed`."""
     for space in run.spaces:
         folder = str(Path(run.config.log_dir) / space.name)
         space.writer = CurveWriter(folder, *curve_start(resumed, space.name))
-
-
-def build_projection(config: TrainingConfig, store: EmbeddingStore) -> ProjectionHead:
-    """The head with the store's statistics, on the config's device; `UserError` where they are not finite."""
-    head = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
-    try:
-        head.set_statistics(*store.statistics(config.audio_encoder), config.standardise)
-    except ValueError as error:
-        raise UserError(
-            f"{store.path}: {config.audio_encoder}: {error}, so a train vector is not; "
-            f"prepare_dataset.py --verify names it"
-        ) from error
-    return head.to(config.torch_device)

@@ -273,3 +273,36 @@ def test_samples_that_are_no_sound(tmp_path):
         read(io.BytesIO(encoded(huge, subtype="FLOAT")))
     assert caught.value.reason == "not finite"
     assert read(io.BytesIO(encoded(sound(2) * 32_768, subtype="FLOAT")))[0] == 2  # whole numbers as floats
+
+
+@with_ffmpeg
+def test_sound_behind_zeros(wav):
+    mp3 = convert(wav, wav.parent / "x.mp3").read_bytes()
+    seconds, _ = read(io.BytesIO(bytes(10_000) + mp3))
+    assert seconds == pytest.approx(13, abs=0.1)
+
+
+@pytest.mark.parametrize("container", ["W64", "CAF", "AU", "WAV", "AIFF", "FLAC"])
+def test_a_seek_that_cannot_be_is_no_traceback(container, capfd):
+    """libsndfile asks for places before the beginning of what was written to a pipe or cut."""
+    content = encoded(sound(2), container=container)
+    for data in (content, content[:60], content[:40] + b"\xff" * 16 + content[56:]):
+        try:
+            read(io.BytesIO(data))
+        except AudioError:
+            continue
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@with_ffmpeg
+@pytest.mark.parametrize("kind", ["w64", "wav", "caf", "au", "aiff", "flac", "mp3", "ogg", "adts", "matroska"])
+def test_a_file_from_a_pipe_is_one_by_path_and_as_bytes(wav, kind):
+    path = wav.parent / "piped.x"
+    words = ["ffmpeg", "-v", "error", "-i", wav, "-f", kind, "-"]
+    with path.open("wb") as file:
+        subprocess.run(words, stdout=file, stdin=subprocess.DEVNULL, check=True)
+    seconds, found = read(path)
+    again, windows = read(io.BytesIO(path.read_bytes()))
+    assert seconds == again == pytest.approx(13, abs=0.1)
+    for a, b in zip(found, windows, strict=True):
+        np.testing.assert_array_equal(a[STEREO], b[STEREO])

@@ -62,7 +62,7 @@ def test_a_learnt_temperature_moves_is_kept_and_comes_back(start):
     learnt = math.exp(last["log_temperature"])
     assert abs(learnt / 0.07 - 1) > 0.01
     encoder, head, config = load_checkpoint("checkpoints/muq_last.pt", "cpu")
-    assert config.temperature == learnt
+    assert config.scaled_temperature == pytest.approx(learnt, rel=1e-12)
     assert last["config"]["temperature"] == 0.07
     run = prepared(words)
     (group,) = [group for group in run.optimizer.param_groups if group["name"] == "temperature"]
@@ -74,7 +74,7 @@ def test_a_learnt_temperature_moves_is_kept_and_comes_back(start):
 def test_a_fixed_temperature_stays(start):
     train.main(start())
     last = torch.load("checkpoints/muq_last.pt", weights_only=True)
-    assert math.exp(last["log_temperature"]) == pytest.approx(0.07, rel=1e-6)
+    assert math.exp(last["log_temperature"]) == pytest.approx(0.07 * last["config"]["spread"], rel=1e-6)
     assert load_checkpoint("checkpoints/muq_last.pt", "cpu").config.temperature == 0.07
 
 

@@ -53,11 +53,12 @@ def test_it_holds_the_last_texts_and_leaves_out_those_of_the_recording_s_source(
     older = space.projection.project_text(queued)
     mask = torch.from_numpy(sources[third][:, None] == queued_source)
     assert mask.any()
-    expected = F.cross_entropy(texts @ audio.T / 0.07, torch.arange(8)) / 2
+    temperature = 0.07 * space.config.spread
+    expected = F.cross_entropy(texts @ audio.T / temperature, torch.arange(8)) / 2
     groups = [np.arange(8)] if run.config.text_negatives == "batch" else data.parts
     for group in groups:
         logits = torch.cat([audio[group] @ texts[group].T, (audio[group] @ older.T).masked_fill(mask[group], -1e9)], 1)
-        expected = expected + len(group) / 8 * F.cross_entropy(logits / 0.07, torch.arange(len(group))) / 2
+        expected = expected + len(group) / 8 * F.cross_entropy(logits / temperature, torch.arange(len(group))) / 2
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert space.projection.training
 

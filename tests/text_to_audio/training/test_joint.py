@@ -58,8 +58,22 @@ def test_each_space_has_the_files_of_a_run_of_its_own(parts, workplace):
         assert again["t2a_MRR"] == pytest.approx(summary["t2a_MRR"], abs=1e-4)
         assert Path(f"logs/tensorboard/{name}").is_dir()
     assert {"joint_last.pt", "joint_last.prev.pt"} <= names
+    assert_each_is_kept_by_its_own_validation()
     with pytest.raises(UserError, match=r"joint_last\.pt: expected the checkpoint of one audio space, such as latent_"):
         load_checkpoint("checkpoints/joint_last.pt", "cpu")
+
+
+def assert_each_is_kept_by_its_own_validation():
+    log, states = Path("train.log").read_text(), torch.load("checkpoints/joint_last.pt", weights_only=True)
+    for name, space in states["spaces"].items():
+        best, contents = space["best"], torch.load(f"checkpoints/{name}_best_r1.pt", weights_only=True)
+        assert best["r1"] == [contents["metrics"]["t2a_R@1"], contents["metrics"]["t2a_MRR"]]
+        assert best["r1_epoch"] == contents["epoch"]
+        rates = [100 * hits.double().mean().item() for hits in best["hits"]]
+        assert (rates[contents["epoch"] - 1], best["mrr"][contents["epoch"] - 1]) == tuple(best["r1"])
+        assert f"R@1 {best['r1'][0]:.1f}, MRR {best['r1'][1]:.2f}" in log
+    curves = [space["best"]["mrr"] for space in states["spaces"].values()]
+    assert len({tuple(curve) for curve in curves}) == len(curves)
 
 
 def test_with_one_space_more_the_first_head_learns_as_fast(parts, workplace):

@@ -11,6 +11,7 @@ import torch
 
 import train
 from common.errors import Stopped
+from helpers.forked_script import ForkedScript
 from helpers.interrupted_runs import (
     arguments,
     assert_same,
@@ -111,30 +112,32 @@ def test_the_script_leaves_with_the_signal_s_code(parts, workplace, number):
     assert torch.load("checkpoints/latent_last.pt", weights_only=True)["step"] >= 20
 
 
-def kill_and_resume(parts, kills, seed):
-    """Kill the run at random instants after its start-up, each time resumed; then let it end."""
-    rng = random.Random(seed)
-    words, survived = ["--resume", "auto", "--save-every-steps", "2"], 0
-    while survived < kills:
-        marks = log_text().count("validation: ") if Path("train.log").exists() else 0
-        process = start(parts, *words)
-        while process.poll() is None and (not Path("train.log").exists() or log_text().count("validation: ") == marks):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.25))
-        process.kill()
-        process.communicate()
-        survived += 1
-    process = start(parts, *words)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-
-
-def test_killed_at_random_instants(parts, workplace, whole):
-    kill_and_resume(parts, kills=2, seed=time.time_ns())
-    assert_same(outcome(workplace), whole)
-
-
 @pytest.mark.slow
-def test_killed_at_ten_random_instants(parts, workplace, whole):
-    kill_and_resume(parts, kills=10, seed=time.time_ns())
-    assert_same(outcome(workplace), whole)
+def test_killed_at_ten_random_instants(parts, tmp_path, whole):
+    """kill -9 after the start-up, each time resumed; every run that comes to its end has lost nothing."""
+    rng, killed, number, code = random.Random(time.time_ns()), 0, 0, 0
+    words = arguments(parts, "--resume", "auto", "--save-every-steps", "2")
+    with ForkedScript("train", LOG_EVERY=1) as script:
+        while killed < 10 or code != 0:
+            if code == 0:
+                number += 1
+                folder = tmp_path / str(number)
+                folder.mkdir()
+            log = folder / "train.log"
+            starts = begun(log)
+            script.start(folder, words)
+            while script.running() and begun(log) == starts:
+                time.sleep(0.01)
+            if killed < 10:
+                time.sleep(rng.uniform(0.0, 0.6))
+                script.kill()
+            code = script.wait()
+            assert code in (-signal.SIGKILL, 0), (folder / "stderr.txt").read_text()
+            killed += code != 0
+            if code == 0:
+                assert_same(outcome(folder), whole)
+
+
+def begun(log):
+    """How many runs in this log have come to their first step."""
+    return log.read_text().count("validation: ") if log.exists() else 0
