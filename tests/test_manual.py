@@ -77,6 +77,9 @@ class Snippet:
     language: str
     text: str
 
+    def __str__(self):
+        return f"{self.place}: {self.language}"
+
 
 @dataclass(frozen=True)
 class Command:
@@ -143,7 +146,7 @@ def script_of(command):
         return None, words
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
     name = name.replace("/", ".")
-    assert name in (*SCRIPTS, *MODULES), f"{command}: a script that this test does not know"
+    assert name in (*SCRIPTS, *MODULES), "a script that this test does not know"
     return name, [os.path.expanduser(word) for word in rest]
 
 
@@ -154,7 +157,7 @@ def parsed(command):
         try:
             importlib.import_module(name).build_parser().parse_args(words)
         except SystemExit:
-            pytest.fail(f"{command}: its script does not take these flags")
+            raise AssertionError("its script does not take these flags") from None
     return name, words
 
 
@@ -171,14 +174,21 @@ class Reader:
 
     def __init__(self, folder, patch):
         self.folder, self.patch, self.names = folder, patch, {"__name__": "__manual__"}
-        self.ran, self.passed_over = [], []
+        self.ran, self.passed_over, self.faults = [], [], []
 
     def read(self, snippet):
+        """Do what a block says; what fails is noted, so that one run shows all there is to mend."""
         if snippet.language == "bash":
             for command in commands(snippet):
-                self.type(command)
+                self.attempt(command, lambda command=command: self.type(command))
         elif snippet.language == "python":
-            self.python(snippet)
+            self.attempt(snippet, lambda: self.python(snippet))
+
+    def attempt(self, what, do):
+        try:
+            do()
+        except (Exception, SystemExit) as error:
+            self.faults.append(f"{what}: {type(error).__name__}: {error}")
 
     def type(self, command):
         """Run a command as its script's `main`, or as it is."""
@@ -189,18 +199,15 @@ class Reader:
         if "--split-id" in words and words[words.index("--split-id") + 1] == "0":
             shutil.rmtree("data/musicbench_embeddings")  # the manual's other way to make it
         self.ran.append(command)
-        try:
-            if command.words[0].endswith("train_all.sh"):
-                self.train_all(command.words[1:])
-            elif name:
-                self.main(name, words)
-            elif words[:2] == ["python", "-c"]:
-                exec(words[2], {})
-            else:
-                assert words[0] in PLAIN, "neither run nor listed in NOT_RUN with a reason"
-                subprocess.run([os.path.expanduser(word) for word in words], check=True, timeout=60)
-        except BaseException as error:
-            raise AssertionError(f"{command}\n{type(error).__name__}: {error}") from error
+        if command.words[0].endswith("train_all.sh"):
+            self.train_all(command.words[1:])
+        elif name:
+            self.main(name, words)
+        elif words[:2] == ["python", "-c"]:
+            exec(words[2], {})
+        else:
+            assert words[0] in PLAIN, "neither run nor listed in NOT_RUN with a reason"
+            subprocess.run([os.path.expanduser(word) for word in words], check=True, timeout=60)
 
     def main(self, name, words):
         result = importlib.import_module(name).main(with_flags(name, words))
@@ -228,8 +235,6 @@ class Reader:
         self.ran.append(snippet)
         try:
             exec(compiled, self.names)
-        except BaseException as error:
-            raise AssertionError(f"{snippet.place}: {type(error).__name__}: {error}\n{text}") from error
         finally:
             for name in ("searcher", "client"):
                 if name in self.names:
@@ -274,6 +279,7 @@ def test_every_command_and_snippet_runs_in_order(reader):
     for name in DOCUMENTS:
         for snippet in snippets(name):
             reader.read(snippet)
+    assert not reader.faults, "\n" + "\n".join(reader.faults)
     ran = {script_of(each)[0] for each in reader.ran if isinstance(each, Command)}
     assert ran >= set(SCRIPTS)
     for name in ("checkpoints/muq_report.html", "exported/muq/README.md", "data/library.db"):
@@ -306,5 +312,6 @@ def test_a_wrong_manual_is_noticed(reader):
         "rm -rf data": "neither run nor listed",
         "python nowhere.py": "a script that this test does not know",
     }.items():
-        with pytest.raises((AssertionError, pytest.fail.Exception), match=expected):
-            reader.read(Snippet("a manual:1", "bash", line))
+        reader.read(Snippet("a manual:1", "bash", line))
+        assert expected in reader.faults[-1]
+        assert line in reader.faults[-1]
