@@ -6,6 +6,7 @@ all the same. A command that is in none of these fails the test: it has to be pu
 """
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ MODULES = ("text_to_audio.measuring.report_page", "text_to_audio.measuring.summa
 # In commands and in Python, before they run. HOME is the folder that they run in, so ~/Music is its Music.
 STANDS_FOR = {
     "http://localhost:19530": "data/server.db",  # a folder of Milvus Lite for a server
+    "sentence-transformers/all-MiniLM-L6-v2": "models/text",
     '"cuda"': '"cpu"',
     "--device cuda": "--device cpu",
     "--epochs 20": "--epochs 1",
@@ -241,6 +243,17 @@ class Reader:
                     self.names.pop(name).close()
 
 
+def write_table(path):
+    """A table of ten recordings as the manual describes it."""
+    lines = []
+    for number in range(10):
+        name = f"songs/{number}.wav"
+        (path.parent / "songs").mkdir(exist_ok=True)
+        (path.parent / name).write_bytes(wav_bytes(clip(number, 1.0)))
+        lines.append(json.dumps({"audio": name, "captions": [f"song {number}", f"a calm song {number}"]}))
+    path.write_text("\n".join(lines) + "\n")
+
+
 def write_collection(uri):
     """A collection of plain vectors as another program made it, for --from-collection."""
     rng, rows = np.random.default_rng(0), []
@@ -271,6 +284,7 @@ def reader(tmp_path, tiny_models, monkeypatch):
     recordings.audio = {path: wav_bytes(clip(number, 1.0)) for number, path in enumerate(recordings.audio)}
     recordings.write(tmp_path / "musicbench")
     write_music(tmp_path / "Music", 3, seconds=1.0)
+    write_table(tmp_path / "my_music.jsonl")
     write_collection("data/server.db")
     return Reader(tmp_path, monkeypatch)
 
