@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from milvus_lite.server_manager import server_manager_instance
 
 import train
+from embedding_models.registry import Encoder, HubWeights
 from helpers.small_library import write_music
 from helpers.small_musicbench import SmallMusicBench, clip, wav_bytes
 from helpers.tiny_text_models import make_qwen3
@@ -172,8 +174,8 @@ def with_flags(name, words):
 class Reader:
     """Who sits in an empty folder and types what the manual says."""
 
-    def __init__(self, folder, patch):
-        self.folder, self.patch, self.names = folder, patch, {"__name__": "__manual__"}
+    def __init__(self, folder):
+        self.folder, self.names = folder, {"Encoder": Encoder, "HubWeights": HubWeights}
         self.ran, self.passed_over, self.faults = [], [], []
 
     def read(self, snippet):
@@ -239,6 +241,7 @@ class Reader:
             for name in ("searcher", "client"):
                 if name in self.names:
                     self.names.pop(name).close()
+            server_manager_instance.release_all()  # or the process would hold the Lite folder until it ends
 
 
 def write_table(path):
@@ -284,7 +287,7 @@ def reader(tmp_path, tiny_models, monkeypatch):
     write_music(tmp_path / "Music", 3, seconds=1.0)
     write_table(tmp_path / "my_music.jsonl")
     write_collection("data/server.db")
-    return Reader(tmp_path, monkeypatch)
+    return Reader(tmp_path)
 
 
 def test_every_command_and_snippet_runs_in_order(reader):
@@ -317,8 +320,9 @@ def test_what_is_not_run_is_still_in_the_documents():
         assert any(re.search(rf"^{re.escape(start)}\b", text, re.MULTILINE) for text in texts), start
 
 
-def test_a_wrong_manual_is_noticed(reader):
+def test_a_wrong_manual_is_noticed(tmp_path):
     """What fails: a flag that there is not, a command that nobody listed, a script that there is not."""
+    reader = Reader(tmp_path)
     for line, expected in {
         "python train.py --audio-encoder muq --no-such-flag": "does not take these flags",
         "rm -rf data": "neither run nor listed",
