@@ -21,6 +21,7 @@ from music_library.evaluation import ENOUGH, NEIGHBOURS, probing, sampled
 from music_library.flags import add_library_flags
 from music_library.index_space import IndexSpace, read_head
 from music_library.milvus_index import AUTO, INDEX_TYPES, IndexChoice, VectorDatabase, is_local, kind_of_parameters
+from music_library.planning.plan import PlannedIndex, PlannedSpace, plan_lines
 from music_library.searching import moments_collection
 from music_library.updating import bring_over, check_collections, look_through, prune, sync, take_events
 from music_library.vector_files import Track, VectorFiles, kept_vectors
@@ -28,6 +29,7 @@ from text_to_audio.config import TrainingConfig
 from text_to_audio.model.head import ProjectionHead
 
 EXAMPLES = """examples:
+  python index_library.py ~/Music --audio-encoder muq --plan
   python index_library.py ~/Music --checkpoint checkpoints/muq_best_r1.pt
   python index_library.py ~/Music --checkpoint checkpoints/muq_best_r1.pt --moments --prune
   python index_library.py ~/Music --audio-encoder muq --encoder-processes 2 --device cuda
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=PRECISIONS, default="float32", help="precision of the encoder on CUDA (%(default)s)")
     add("--batch-size", type=int, default=8, help="windows of 10 s per encoder call (%(default)s)")
     add("--encoder-processes", type=int, default=1, help="processes that decode and encode (%(default)s)")
+    add("--plan", action="store_true", help="print tracks, hours, disk and memory for MUSIC_DIR; write nothing")
     return parser
 
 
@@ -85,7 +88,12 @@ def _json(text: str) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit code and raises `UserError` for what the user can mend."""
     args = build_parser().parse_args(argv)
+    named = args.checkpoint is not None
     check_arguments(args)
+    if args.plan:
+        for line in plan_lines(planned_index(args, named)):
+            print(line)
+        return 0
     head, config, audio_space = read_head(args.checkpoint)
     check_space(args, config, audio_space)
     log = start_log("index_library", "index_library.log")
@@ -107,6 +115,39 @@ def main(argv: list[str] | None = None) -> int:
     if left_out:
         log.info("files left out: %d; index_library.log names each", left_out)
     return 0
+
+
+def planned_index(args: argparse.Namespace, named: bool) -> PlannedIndex:
+    """What `--plan` is made for. named: whether there is a --checkpoint; without one the encoder is the published one.
+
+    Raises `UserError` where MUSIC_DIR is not given, and for a checkpoint that is named and cannot be read.
+    """
+    if not args.music_dir:
+        raise UserError("--plan: expected MUSIC_DIR, the folder that it is made for")
+    if named or Path(args.checkpoint).exists():
+        _, config, recorded = read_head(args.checkpoint)
+        check_space(args, config, recorded)
+        entry, hidden_dim, origin = find_encoder(config.audio_encoder), config.hidden_dim, args.checkpoint
+        spec = spec_from_flags(args, entry, args.device, args.dtype, recorded["id"], recorded.get("revision"))
+        dim = config.audio_dim
+    else:
+        entry, hidden_dim = find_encoder(args.audio_encoder), TrainingConfig.hidden_dim
+        spec, dim = spec_from_flags(args, entry, args.device, args.dtype), entry.dim
+        origin = f"no {args.checkpoint} yet: as published"
+        if model_flag(args, entry):
+            dim, origin = spec.load().dim, f"no {args.checkpoint} yet: as the model has it"
+    folder = Path(args.vectors_dir) if args.vectors_dir else kept_vectors(args.milvus_uri, None)
+    return PlannedIndex(
+        space=PlannedSpace(entry.name, spec, dim, hidden_dim, origin),
+        music=Path(args.music_dir),
+        folder=folder,
+        uri=args.milvus_uri,
+        kind=args.index_type or kind_of_parameters(args.index_params, args.search_params) or AUTO,
+        narrow=args.narrow,
+        moments=args.moments,
+        batch_size=args.batch_size,
+        processes=args.encoder_processes,
+    )
 
 
 def library_folder(args: argparse.Namespace, space: str) -> Path:

@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from logging import Logger
 from pathlib import Path
@@ -21,26 +21,32 @@ from embedding_models.enrichment import RECIPE
 from embedding_models.pipeline import Finished, StageSeconds, embed_clips
 from embedding_models.precision import PRECISIONS, stored_type
 from embedding_models.registry import DEFAULTS, ENCODERS, add_encoder_flags, spec_from_flags
+from preparing.changes import changes_since, check_replaceable, next_store_lines
+from preparing.earlier_store import EarlierStore, Sources, gathered, noted_precision
 from preparing.log_lines import log_dataset, log_store
 from preparing.merging import finish
 from preparing.opening import open_dataset
 from preparing.plan import plan_lines
 from preparing.recordings import Dataset
-from preparing.shards import check_finished, discard, open_shard
+from preparing.shards import discard, open_shard, remove_leftovers
 from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile
 from store.reading import SPLITS, EmbeddingStore, StoreHeader
 from store.verifying import faults
+from text_to_audio.config import TrainingConfig
+from text_to_audio.planning.published import TEXT_MODELS, checkpoint_bytes
 
 LINE_EVERY = 60.0  # seconds between lines of progress in the log
 EXAMPLES = """examples:
   python prepare_dataset.py --plan
+  python prepare_dataset.py --limit 200 --output-dir data/trial
   python prepare_dataset.py --output-dir data/musicbench_embeddings --device cuda --dtype float32
   python prepare_dataset.py --dataset /data/MusicBench --encoders muq --dtype float16
   CUDA_VISIBLE_DEVICES=0 python prepare_dataset.py --split-id 0 --num-splits 2 &
   CUDA_VISIBLE_DEVICES=1 python prepare_dataset.py --split-id 1 --num-splits 2 &
   python prepare_dataset.py --verify data/musicbench_embeddings/embeddings.h5
 
-The same command goes on where it was stopped."""
+The same command goes on where it was stopped. After a change of the data set or of what is asked for it makes a new
+store, and takes from the one that is there every vector that still holds."""
 DTYPE_HELP = (
     "float32; tf32: float32 vectors, products rounded to TF32 on CUDA; float16: float16 vectors, on CUDA computed in "
     "half precision by encoders that bear it, in TF32 by the others (%(default)s)"
@@ -73,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split-id", type=int, default=0, help="which shard this process computes, from 0 (%(default)s)")
     add("--num-splits", type=int, default=1, help="number of shards (%(default)s)")
     add("--overwrite", action="store_true", help="start anew over what is in --output-dir")
-    add("--plan", action="store_true", help="print time, disk, downloads and licences; fetch nothing")
+    add("--plan", action="store_true", help="print hours, disk, downloads and licences; fetch nothing")
     add("--verify", metavar="FILE", help="check a finished store and leave")
     return parser
 
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.verify)
     check_arguments(args)
     if args.plan:
-        for line in plan_lines(args):
+        for line in [*plan_lines(args, needed_for_training), *next_store_lines(args)]:
             print(line)
         return 0
     folder = Path(args.output_dir)
@@ -106,6 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         log.error("stopped: %s", error)
         raise
+
+
+def needed_for_training(dims: Mapping[str, int]) -> dict[str, int]:
+    """What train.py will put on the disk by its defaults -> bytes, with a run for each space; dims: their widths."""
+    name, config = TrainingConfig.text_model, TrainingConfig
+    checkpoints = checkpoint_bytes(TEXT_MODELS[name], dims.values(), config.lora_rank, config.hidden_dim)
+    return {name: 2 * TEXT_MODELS[name].parameters, f"checkpoints of {', '.join(dims)}": checkpoints}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -133,28 +146,60 @@ def prepare(args: argparse.Namespace, folder: Path, log: Logger) -> int:
     specs = [spec_from_flags(args, e, args.device, args.dtype) for e in ENCODERS.values() if e.name in args.encoders]
     encoders = [spec.load() for spec in specs]  # in the registry's order, which is the store's
     header = describe(dataset, encoders, args)
+    earlier = None
     if target.exists():
-        check_finished(target, header, dataset)
-        log.info("%s is complete already", target)
-        log_store(target, seconds, time.perf_counter() - started, log)
-        return 0
+        earlier = earlier_store(target, header, dataset, args, log)
+        if earlier is None:
+            remove_leftovers(folder, header, dataset)
+            log.info("%s is complete already", target)
+            log_store(target, seconds, time.perf_counter() - started, log)
+            return 0
     work = open_shard(folder, header, dataset, args.split_id, args.num_splits)
     if work is not None:  # None: killed at the last step, only the rename is left
         try:
-            embed(work, dataset, encoders, args, seconds, log)
+            embed(work, dataset, encoders, Sources(earlier, header.encoders), args, seconds, log)
         finally:
             work.close()
-    if finish(folder, args.num_splits, log.info) is not None:  # None: other shards are still at work
+            if earlier is not None:
+                earlier.close()
+
+    def is_made(path: Path) -> bool:
+        return not changes_since(EmbeddingStore(path), header, dataset)
+
+    if finish(folder, args.num_splits, log.info, is_made) is not None:  # None: other shards are still at work
         log_store(target, seconds, time.perf_counter() - started, log)
     return 0
 
 
-def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argparse.Namespace) -> StoreHeader:
-    """Return the header of the store that this run makes.
+def earlier_store(
+    target: Path, header: StoreHeader, dataset: Dataset, args: argparse.Namespace, log: Logger
+) -> EarlierStore | None:
+    """What the next store can take of the finished one; None where that is what this run would make."""
+    store = EmbeddingStore(target)
+    changes = changes_since(store, header, dataset)
+    if not changes:
+        return None
+    check_replaceable(store, header, changes, args.limit)
+    earlier = EarlierStore(target, header, dataset)
+    if not earlier.knows_any(dataset):
+        raise UserError(
+            f"{target}: holds none of the {len(dataset.recordings):,} recordings of {dataset.name}; "
+            "use another --output-dir, or --overwrite"
+        )
+    log.info("%s is not what this run makes; a new one is made beside it and then takes its place:", target)
+    for line in changes.lines():
+        log.info("  %s", line)
+    log.info("  its vectors hold in %s", ", ".join(earlier.spaces))
+    if not earlier.has_digests:
+        log.info("  it does not say which sound they are of: the data set's name, its revision and the id count")
+    if nameless := [name for name in earlier.spaces if name not in store.header.weights]:
+        log.info("  it does not say the weights of %s: the encoder's id and revision count", ", ".join(nameless))
+    return earlier
 
-    TF32 is named in the encoders' entries: its vectors are stored as float32 and are not those of float32.
-    """
-    rounding = {"precision": "tf32"} if args.dtype == "tf32" else {}
+
+def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argparse.Namespace) -> StoreHeader:
+    """Return the header of the store that this run makes."""
+    rounding = noted_precision(args.dtype)
     entries = {
         encoder.name: {
             "id": encoder.model,
@@ -166,13 +211,15 @@ def describe(dataset: Dataset, encoders: list[AudioEmbeddingModel], args: argpar
         }
         for encoder in encoders
     }
-    return StoreHeader(dataset.name, dataset.revision, args.seed, stored_type(args.dtype), entries)
+    weights = {encoder.name: encoder.weights_digest() for encoder in encoders}
+    return StoreHeader(dataset.name, dataset.revision, args.seed, stored_type(args.dtype), entries, weights)
 
 
 def embed(
     work: WorkFile,
     dataset: Dataset,
     encoders: list[AudioEmbeddingModel],
+    sources: Sources,
     args: argparse.Namespace,
     seconds: StageSeconds,
     log: Logger,
@@ -187,27 +234,49 @@ def embed(
     log.info("shard %d of %d: %d of %d rows to do", args.split_id, args.num_splits, len(rows), total)
     if not rows:
         return
-    dataset.clips.prepare()
-    size = dataset.clips.size_bytes
-    with (
-        tqdm(total=total, initial=total - len(rows), unit="clip", desc="embedding") as bar,
-        tqdm(total=size, unit="B", unit_scale=True, desc="reading", position=1, leave=False) as reading,
-    ):
-        clips = dataset.clips.read(set(rows), lambda position: reading.update(position - reading.n))
+    with tqdm(total=total, initial=total - len(rows), unit="clip", desc="embedding") as bar:
 
         def write(finished: Finished) -> None:
             nonlocal next_line
             started = time.perf_counter()
-            settle(work, rows, finished, log)
+            settle(work, rows, sources, finished, log)
             seconds.write += time.perf_counter() - started
             bar.update(len(finished))
             if time.perf_counter() >= next_line:
                 log.debug("%s", bar)  # into the file alone, for `tail -f prepare_dataset.log`
                 next_line = time.perf_counter() + LINE_EVERY
 
-        batches = embed_clips(clips, encoders, args.batch_size, args.num_workers, seconds)
-        write_meanwhile(batches, write)
-    mark_missing(work, rows, dataset, log)
+        write_meanwhile(sources.unread_rows(list(rows)), write)
+        if rows:
+            write_meanwhile(gathered(read_and_embed(set(rows), dataset, encoders, sources, args, seconds)), write)
+        kept = [audio_id for audio_id in rows if sources.is_kept(audio_id)]
+        if len(rows) == total and len(kept) < total:
+            raise UserError(
+                f"{dataset.name}: none of the {total:,} recordings in the metadata is among its audio files, such as "
+                f"{next(iter(rows))}"
+            )
+        write_meanwhile(sources.unread_rows(kept, gone=True), write)
+    mark_missing(work, rows, log)
+    for line in sources.lines():
+        log.info("%s", line)
+
+
+def read_and_embed(
+    wanted: set[str],
+    dataset: Dataset,
+    encoders: list[AudioEmbeddingModel],
+    sources: Sources,
+    args: argparse.Namespace,
+    seconds: StageSeconds,
+) -> Iterator[Finished]:
+    """Read the recordings and compute what is not taken of them, in lists as they are finished."""
+    dataset.clips.prepare()
+    size = dataset.clips.size_bytes
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", position=1, leave=False) as reading:
+        clips = dataset.clips.read(wanted, lambda position: reading.update(position - reading.n))
+        yield from embed_clips(
+            sources.noted(clips), encoders, args.batch_size, args.num_workers, seconds, sources.wanted
+        )
 
 
 def write_meanwhile(batches: Iterator[Finished], write: Callable[[Finished], None]) -> None:
@@ -222,30 +291,30 @@ def write_meanwhile(batches: Iterator[Finished], write: Callable[[Finished], Non
             writing.result()
 
 
-def settle(work: WorkFile, rows: dict[str, tuple[str, int]], finished: Finished, log: Logger) -> None:
+def settle(work: WorkFile, rows: dict[str, tuple[str, int]], sources: Sources, finished: Finished, log: Logger) -> None:
     """Write one batch's recordings, then their states; they leave `rows`."""
     states = []
-    for audio_id, result in finished:
-        split, row = rows.pop(str(audio_id))
+    for key, result in finished:
+        audio_id = str(key)
+        split, row = rows.pop(audio_id)
         if isinstance(result, AudioError):
+            sources.forget(audio_id)
             reason, text = result.reason, str(result)
-        elif all(work.write(split, row, encoder, vector) for encoder, vector in result.items()):
-            states.append((split, row, DONE))
-            continue
         else:
+            vectors, digest = sources.joined(audio_id, result)
+            if all(work.write(split, row, encoder, vector) for encoder, vector in vectors.items()):
+                if digest is not None:
+                    work.write_digest(split, row, digest)
+                states.append((split, row, DONE))
+                continue
             reason, text = "not finite", f"a vector does not fit {work.header.dtype}"
         log.warning("skipped %s: %s (%s)", audio_id, reason, text)
         states.append((split, row, STATE_OF_REASON[reason]))
     work.commit(states)
 
 
-def mark_missing(work: WorkFile, rows: dict[str, tuple[str, int]], dataset: Dataset, log: Logger) -> None:
-    """Settle the rows whose audio never came; all of them missing is a wrong data set, not a skip."""
-    if len(rows) == len(work.states) and rows:
-        raise UserError(
-            f"{dataset.name}: none of the {len(rows):,} recordings in the metadata is among its audio files, "
-            f"such as {next(iter(rows))}"
-        )
+def mark_missing(work: WorkFile, rows: dict[str, tuple[str, int]], log: Logger) -> None:
+    """Settle the rows whose audio never came."""
     for audio_id in rows:
         log.warning("skipped %s: missing", audio_id)
     work.commit([(split, row, STATE_OF_REASON["missing"]) for split, row in rows.values()])

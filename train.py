@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from logging import Logger
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,9 @@ from tqdm import tqdm
 
 from common.errors import Stopped, UserError, run_script
 from common.logs import start_log
+from common.speed import matmul_tflops
+from embedding_models.registry import find_encoder
+from preparing.musicbench import COPIES, PUBLISHED_ROWS
 from text_to_audio.config import TrainingConfig, add_arguments, config_from_arguments
 from text_to_audio.loading.batches import plan_epoch
 from text_to_audio.loading.step_data import StepData
@@ -32,7 +36,9 @@ from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.held_weights import query_bytes
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.planning.choosing import choose
-from text_to_audio.planning.plan import advice_when_out_of_memory, make_plan, plan_text
+from text_to_audio.planning.data import PlannedData, has_store
+from text_to_audio.planning.plan import advice_when_out_of_memory, plan_run
+from text_to_audio.planning.plan_text import plan_text
 from text_to_audio.processes import Processes, join
 from text_to_audio.training.keeping import how_sure
 from text_to_audio.training.log_lines import Speed, announce, log_results, log_step, log_validation
@@ -56,24 +62,34 @@ def build_parser() -> argparse.ArgumentParser:
         "          python train.py --audio-encoder latent --text-model models/MiniLM --lr 1e-3 --text-lr 1e-4\n"
         "          python train.py --audio-encoder latent muq mert      (one text encoder, a head for each)\n"
         "          python train.py --audio-encoder mert --plan          (what it takes; loads no weights)\n"
+        "          python train.py --audio-encoder mert --plan-for 32GB    (for a GPU that is not here)\n"
         "          torchrun --nproc_per_node=4 train.py --audio-encoder muq",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_arguments(parser)
     parser.add_argument(
-        "--plan", action="store_true", help="print steps, tokens, memory and what fits which GPU, and train nothing"
+        "--plan", action="store_true", help="print steps, tokens, memory, hours and what fits which GPU; train nothing"
     )
+    text = "--plan for a GPU of so much memory that need not be in this machine, such as 32GB"
+    parser.add_argument("--plan-for", type=card_size, metavar="SIZE", default=0.0, help=text)
     return parser
+
+
+def card_size(text: str) -> float:
+    """10^9 bytes of a GPU's memory, of "32GB" or "32"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"expected a GPU's memory such as 32GB, found {text!r}")
+    return float(found[1])
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, test the best checkpoint of each audio space, and enter the results into the summary."""
     arguments = build_parser().parse_args(argv)
     config = config_from_arguments(arguments)
-    if arguments.plan:
-        choose(config, train_step)
-        print(plan_text(make_plan(config, train_step)))
+    if arguments.plan or arguments.plan_for:
+        print(plan(config, arguments.plan_for))
         return
     processes = join(config)
     config = processes.on_own_device(config)
@@ -82,6 +98,23 @@ def main(argv: list[str] | None = None) -> None:
         train(config, log, processes)
     finally:
         processes.leave()
+
+
+def plan(config: TrainingConfig, card: float) -> str:
+    """What a run will take, in lines. card: 10^9 bytes of a GPU that need not be here; 0: the config's device."""
+    data = PlannedData.of_store(config) if has_store(config) else musicbench(config)
+    planned = plan_run(config, train_step, data, card)
+    if card:
+        return plan_text(planned)
+    precision = torch.bfloat16 if config.bf16 else torch.float32
+    return plan_text(planned, matmul_tflops(config.torch_device, precision))
+
+
+def musicbench(config: TrainingConfig) -> PlannedData:
+    """MusicBench as prepare_dataset.py splits it, by its published counts and the encoders' published widths."""
+    dims = {name: find_encoder(name).dim for name in config.audio_encoders}
+    origin = f"no {config.data_path} yet: MusicBench's published counts, 90 % of train, 2 captions a recording"
+    return PlannedData.counted(dims, round(0.9 * PUBLISHED_ROWS["train"]), COPIES, 2, origin)
 
 
 def train(config: TrainingConfig, log: Logger, processes: Processes) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,6 +105,12 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None, repo_ty
             _log.warning("%s cannot be reached; using the cached %s", endpoint(), what)
             return cached_path
         raise _user_error(error, what) from error
+
+
+def is_cached(repo_id: str, filenames: Collection[str], revision: str | None = None) -> bool:
+    """Whether all these files of a model are in the hub's cache already. The hub is not asked."""
+    found = [huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision) for name in filenames]
+    return all(isinstance(path, str) for path in found)
 
 
 def fetch_model_folder(model: str | os.PathLike, patterns: list[str], revision: str | None = None) -> Path:

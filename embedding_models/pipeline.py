@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from embedding_models.base import AudioEmbeddingModel, Embedding
 Clip = tuple[Hashable, bytes | Path]  # the caller's key, and a file's content or its path
 Windows = dict[AudioFormat, np.ndarray]  # one window in every format asked for, (channels, samples)
 Vectors = dict[str, np.ndarray]  # space name -> (dim,) float32
+Wanted = Callable[[Hashable], Collection[str]]  # the spaces that are asked for of a key
 
 _END = object()
 
@@ -47,9 +48,13 @@ class _Decoders:
 
     Iterating gives (key, window) for each window, then (key, number of windows | AudioError) for its end.
     When the source of clips fails, what was read before is still decoded and given; then the error is raised.
+
+    formats: those that a key's windows are needed in; what is needed in none is not decoded and has no windows.
     """
 
-    def __init__(self, clips: Iterable[Clip], formats: set[AudioFormat], workers: int, depth: int):
+    def __init__(
+        self, clips: Iterable[Clip], formats: Callable[[Hashable], set[AudioFormat]], workers: int, depth: int
+    ):
         self._clips, self._formats, self._workers = clips, formats, workers
         self._files: queue.Queue = queue.Queue(2 * workers)
         self._windows: queue.Queue = queue.Queue(depth)
@@ -95,8 +100,11 @@ class _Decoders:
     def _read(self) -> None:
         try:
             try:
-                for clip in self._clips:
-                    self._put(self._files, clip)
+                for key, audio in self._clips:
+                    if formats := self._formats(key):
+                        self._put(self._files, (key, audio, formats))
+                    else:
+                        self._put(self._windows, (key, 0))
             except Exception as error:
                 self._error = error
             for _ in range(self._workers):
@@ -117,10 +125,10 @@ class _Decoders:
         except _Stopped:
             return
 
-    def _decode_clip(self, worker: int, key: Hashable, audio: bytes | Path) -> None:
+    def _decode_clip(self, worker: int, key: Hashable, audio: bytes | Path, formats: set[AudioFormat]) -> None:
         count, started = 0, time.perf_counter()
         try:
-            for window in track_windows(BytesIO(audio) if isinstance(audio, bytes) else audio, self._formats):
+            for window in track_windows(BytesIO(audio) if isinstance(audio, bytes) else audio, formats):
                 self._seconds[worker] += time.perf_counter() - started
                 self._put(self._windows, (key, window))
                 count, started = count + 1, time.perf_counter()
@@ -176,14 +184,14 @@ class _Running:
 
 
 class _Batcher:
-    """Groups windows of equal length, runs each batch through every encoder, and averages per recording.
+    """Groups windows of equal length, runs each batch through its encoders, and averages per recording.
 
     Where an encoder runs ahead of us (on CUDA), a batch's vectors are taken when the next batch has been begun, so
     that the device has work while they are looked at and written.
     """
 
-    def __init__(self, encoders: Sequence[AudioEmbeddingModel], batch_size: int, seconds: StageSeconds):
-        self._encoders, self._batch_size, self._seconds = encoders, batch_size, seconds
+    def __init__(self, encoders: Sequence[AudioEmbeddingModel], wanted: Wanted, batch_size: int, seconds: StageSeconds):
+        self._encoders, self._wanted, self._batch_size, self._seconds = encoders, wanted, batch_size, seconds
         self._tracks: dict[Hashable, _Track] = {}
         self._waiting: dict[tuple, Batch] = defaultdict(list)
         self._running: _Running | None = None
@@ -192,9 +200,9 @@ class _Batcher:
         """Take one thing from the decoders; return the recordings that it completed."""
         track = self._tracks.setdefault(key, _Track())
         if isinstance(item, dict):
-            lengths = tuple(window.shape[-1] for window in item.values())
-            self._waiting[lengths].append((key, item))
-            return self._relieve(lengths)
+            group = frozenset(self._wanted(key)), *(window.shape[-1] for window in item.values())
+            self._waiting[group].append((key, item))
+            return self._relieve(group)
         if isinstance(item, AudioError):
             track.error, item = item, track.encoded
         track.windows = item
@@ -202,35 +210,37 @@ class _Batcher:
 
     def flush(self) -> Iterator[Finished]:
         """Encode what is left; each list is one batch's completed recordings."""
-        for lengths in list(self._waiting):
-            yield self._encode(self._waiting.pop(lengths))
+        for group in list(self._waiting):
+            yield self._encode(group)
         yield self._take(self._running)
 
-    def _relieve(self, lengths: tuple) -> Finished:
+    def _relieve(self, group: tuple) -> Finished:
         """Encode the group that is full, or the largest where many odd lengths have piled up."""
-        if len(self._waiting[lengths]) < self._batch_size:
+        if len(self._waiting[group]) < self._batch_size:
             if sum(map(len, self._waiting.values())) < 4 * self._batch_size:
                 return []
-            lengths = max(self._waiting, key=lambda key: len(self._waiting[key]))
-        return self._encode(self._waiting.pop(lengths))
+            group = max(self._waiting, key=lambda key: len(self._waiting[key]))
+        return self._encode(group)
 
-    def _encode(self, batch: Batch) -> Finished:
-        """Begin a batch; take the vectors of the one before, or of this one where no encoder runs ahead."""
-        begun = self._begin(batch)
+    def _encode(self, group: tuple) -> Finished:
+        """Begin a group's batch; take the vectors of the one before, or of this one where no encoder runs ahead."""
+        wanted = [encoder for encoder in self._encoders if encoder.name in group[0]]
+        begun = self._begin(wanted, self._waiting.pop(group))
         if not any(encoder.runs_ahead for encoder in self._encoders):
             return self._take(begun)
         finished, self._running = self._take(self._running), begun
         return finished
 
-    def _begin(self, batch: Batch) -> _Running:
+    def _begin(self, encoders: list[AudioEmbeddingModel], batch: Batch) -> _Running:
         # A recording that broke off while its first windows waited here is no longer among the tracks.
         batch = [(key, windows) for key, windows in batch if key in self._tracks]
-        running = _Running(batch, [(key, windows) for key, windows in batch if self._tracks[key].error is None])
+        live = [(key, windows) for key, windows in batch if self._tracks[key].error is None]
+        running = _Running(batch, live)
         copied: dict[tuple[AudioFormat, torch.device], torch.Tensor] = {}
-        for encoder in self._encoders if running.live else ():
+        for encoder in encoders if live else ():
             place = encoder.format, encoder.device
             if place not in copied:
-                copied[place] = encoder.to_device(_stacked(running.live, encoder))
+                copied[place] = encoder.to_device(_stacked(live, encoder))
             try:
                 running.embeddings.append((encoder, encoder.begin(copied[place])))
             except AudioError as error:
@@ -294,16 +304,25 @@ def embed_clips(
     batch_size: int,
     num_workers: int,
     seconds: StageSeconds,
+    wanted: Wanted | None = None,
 ) -> Iterator[Finished]:
     """Embed recordings as they come; yield lists of (key, vectors | AudioError), one list per encoded batch.
 
     Each file is decoded once for all encoders. Every key is yielded exactly once, in no fixed order.
+    `wanted` tells, once a key's clip has been read, of which encoders (by name) vectors are asked for; without it of
+    all. A clip that is wanted by none comes back, undecoded, with no vectors.
     `seconds` is filled in as time passes. An error of the source itself (a cut archive) is raised at the end,
     after everything that was read before it has been yielded.
     """
-    formats = {encoder.format for encoder in encoders}
+    names = [encoder.name for encoder in encoders]
+    wanted = wanted or (lambda _: names)
+
+    def formats(key: Hashable) -> set[AudioFormat]:
+        asked = wanted(key)
+        return {encoder.format for encoder in encoders if encoder.name in asked}
+
     decoders = _Decoders(clips, formats, num_workers, depth=2 * batch_size)
-    batcher = _Batcher(encoders, batch_size, seconds)
+    batcher = _Batcher(encoders, wanted, batch_size, seconds)
     failure = None
     items = iter(decoders)
     try:

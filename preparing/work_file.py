@@ -24,6 +24,7 @@ from store.reading import (
     STATES,
     Split,
     StoreHeader,
+    digest_block,
     read_blocks,
     read_header,
     read_settings,
@@ -118,6 +119,12 @@ class WorkFile:
         self._write(stored.data, block.offset + row * block.row_bytes)
         return True
 
+    def write_digest(self, split: str, row: int, digest: bytes) -> None:
+        """Write what identifies a recording's sound; a work file of an older version has no room for it."""
+        block = self.blocks.get(digest_block(split))
+        if block is not None:
+            self._write(digest, block.offset + row * block.row_bytes)
+
     def commit(self, rows: Iterable[tuple[str, int, int]]) -> None:
         """Set the states of (split, row, state) after what was written has reached the disk."""
         os.fsync(self._file.fileno())
@@ -165,8 +172,12 @@ def tail_is_cut(path: Path) -> bool:
         return not file.read().startswith(_MAGIC)
 
 
-def check_settings(path: Path, found: dict, expected: dict) -> None:
-    """Raise `UserError` that lists where a shard's settings differ from this run's."""
+def check_settings(path: Path, found: dict, expected: dict, remedy: str = "--overwrite") -> None:
+    """Raise `UserError` that lists where a shard's settings differ from this run's.
+
+    The weights are not compared with those of an older version's shard, which does not say them.
+    """
+    expected = {name: value for name, value in expected.items() if name in found or name != "weights"}
     listing = differences({name: found.get(name) for name in expected}, expected)
     if listing:
-        raise UserError(f"{path}: was begun with other settings; use those, or --overwrite:{listing}")
+        raise UserError(f"{path}: was begun with other settings; use those, or {remedy}:{listing}")

@@ -4,9 +4,10 @@ One row per recording, captions point at their row. Vectors are contiguous and u
 maps them straight from the file: `numpy.memmap` at the data set's offset, several times faster than indexing
 through h5py.
 
-    /                     attrs: format, version, dataset, revision, seed, dtype, encoders (JSON)
+    /                     attrs: format, version, dataset, revision, seed, dtype, encoders and weights (JSON)
     /{train,val,test}/audio_id, source_id        (N,)  str
     /{train,val,test}/{encoder}_embeddings       (N, D) float32 | float16
+    /{train,val,test}/audio_digest               (N, 16) uint8, of the bytes of the recording's file; zeros: not known
     /{train,val,test}/caption, caption_kind      (C,)  str
     /{train,val,test}/caption_audio              (C,)  int64, the row of the caption's recording
     /statistics/{encoder}/{mean,std}             (D,)  float32, over the train recordings
@@ -32,6 +33,7 @@ from store.checksum import check_undamaged
 FORMAT = "text-audio-embeddings"
 VERSION = 1
 STATES = "states"  # the data set of a work file
+DIGEST_BYTES = 16  # of BLAKE2b over the bytes of a recording's file
 Result = TypeVar("Result")
 SPLITS = ("train", "val", "test")
 
@@ -40,7 +42,8 @@ SPLITS = ("train", "val", "test")
 class StoreHeader:
     """What the whole file is made of; the root attributes.
 
-    `encoders` maps a space's name ("muq", ...) to {id, revision, dim, sample_rate, recipe}.
+    `encoders` maps a space's name ("muq", ...) to {id, revision, dim, sample_rate, recipe}; `weights` maps it to a
+    digest of the encoder's parameters, which stores of older versions do not have.
     """
 
     dataset: str
@@ -48,6 +51,7 @@ class StoreHeader:
     seed: int
     dtype: str
     encoders: dict[str, dict]
+    weights: dict[str, str] = field(default_factory=dict)
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -111,6 +115,11 @@ def vector_block(split: str, encoder: str) -> str:
     return f"{split}/{encoder}_embeddings"
 
 
+def digest_block(split: str) -> str:
+    """Name of the data set that holds what identifies the sound of a split's recordings; older stores have none."""
+    return f"{split}/audio_digest"
+
+
 def statistics_block(encoder: str, which: str) -> str:
     """Name of the data set that holds a space's "mean" or "std"."""
     return f"statistics/{encoder}/{which}"
@@ -139,6 +148,7 @@ def _header(path: str | Path, file: h5py.File) -> StoreHeader:
         int(attributes["seed"]),
         attributes["dtype"],
         json.loads(attributes["encoders"]),
+        json.loads(file.attrs.get("weights", "{}")),
     )
 
 
@@ -163,7 +173,7 @@ def _read(path: str | Path, take: Callable[[h5py.File], Result]) -> Result:
 
 
 def read_blocks(path: str | Path) -> dict[str, Block]:
-    """Return where every vector and statistics data set lies in the file, and the states of a work file."""
+    """Return where the data sets lie that are written in place: vectors, statistics, digests, a work file's states."""
     blocks = _read(path, lambda file: blocks_of(path, file))
     end = max(block.offset + block.row_bytes * block.shape[0] for block in blocks.values())
     if end > Path(path).stat().st_size:
@@ -176,7 +186,7 @@ def blocks_of(path: str | Path, file: h5py.File) -> dict[str, Block]:
     header = _header(path, file)
     names = [vector_block(split, encoder) for split in SPLITS for encoder in header.encoders]
     names += [statistics_block(encoder, which) for encoder in header.encoders for which in ("mean", "std")]
-    names += [STATES] if STATES in file else []
+    names += [name for name in (STATES, *map(digest_block, SPLITS)) if name in file]
     blocks = {}
     for name in names:
         if name not in file:
@@ -240,6 +250,14 @@ class EmbeddingStore:
         """A split's vectors, (N, D) float32 or float16, mapped read-only."""
         self.dim(encoder)
         return self._blocks[vector_block(split, encoder)].map(self.path)
+
+    def digests(self, split: str) -> np.ndarray | None:
+        """What identifies the sound of a split's recordings, (N, 16) uint8, mapped; None in a store without them.
+
+        Each is BLAKE2b (16 bytes) of the bytes of the recording's file, or all zero where nobody has read that.
+        """
+        block = self._blocks.get(digest_block(split))
+        return None if block is None else block.map(self.path)
 
     def statistics(self, encoder: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each dimension over the train recordings, (D,) float32 each."""

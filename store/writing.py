@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.files import replacing, require_space
 from store.checksum import BLOCK_BYTES, write_checksum
 from store.reading import (
+    DIGEST_BYTES,
     FORMAT,
     SPLITS,
     STATES,
@@ -21,6 +22,7 @@ from store.reading import (
     Split,
     StoreHeader,
     blocks_of,
+    digest_block,
     statistics_block,
     vector_block,
 )
@@ -80,6 +82,9 @@ def _write_attributes(file: h5py.File, header: StoreHeader) -> None:
         "revision": header.revision or "",
         "encoders": json.dumps(header.encoders),
     }
+    weights = attributes.pop("weights")
+    if weights:
+        attributes["weights"] = json.dumps(weights)
     for name, value in {"format": FORMAT, "version": VERSION, **attributes}.items():
         file.attrs[name] = value
 
@@ -88,6 +93,7 @@ def _create_split(file: h5py.File, name: str, split: Split, header: StoreHeader)
     for column in ("audio_id", "source_id", "caption", "caption_kind"):
         _write_strings(file, f"{name}/{column}", getattr(split, column))
     file.create_dataset(f"{name}/caption_audio", data=np.asarray(split.caption_audio, np.int64))
+    _reserve(file, digest_block(name), (len(split.audio_id), DIGEST_BYTES), np.dtype(np.uint8))
     for encoder, entry in header.encoders.items():
         _reserve(file, vector_block(name, encoder), (len(split.audio_id), entry["dim"]), header.numpy_dtype)
 
@@ -118,7 +124,7 @@ def store_bytes(header: StoreHeader, splits: dict[str, Split]) -> int:
     )
     captions = sum(len(split.caption) for split in splits.values())
     statistics = sum(2 * 4 * entry["dim"] for entry in header.encoders.values())
-    return rows * (header.row_bytes + 1) + statistics + strings + 8 * captions + 128 * 1024
+    return rows * (header.row_bytes + DIGEST_BYTES + 1) + statistics + strings + 8 * captions + 128 * 1024
 
 
 def row_chunks(vectors: np.ndarray, rows: int = _CHUNK_ROWS) -> Iterator[np.ndarray]:
@@ -164,16 +170,19 @@ def write_store(
     splits: dict[str, Split],
     vectors: dict[tuple[str, str], np.ndarray],
     skipped: Iterable[tuple[str, str]] = (),
+    digests: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Write a complete store in one go, beside `path` and renamed when it is whole.
 
-    `vectors` maps (split, encoder) to (N, D). Kept to what fits in memory or is mapped; rows are copied a few
-    at a time.
+    `vectors` maps (split, encoder) to (N, D), `digests` split to (N, 16) uint8 where they are known. Kept to what fits
+    in memory or is mapped; rows are copied a few at a time.
     """
     with replacing(path) as beside:
         blocks = create_store(beside, header, splits, skipped)
-        for (split, encoder), rows in vectors.items():
-            target = blocks[vector_block(split, encoder)].map(beside, "r+")
+        columns = {vector_block(split, encoder): rows for (split, encoder), rows in vectors.items()}
+        columns |= {digest_block(split): rows for split, rows in (digests or {}).items()}
+        for block, rows in columns.items():
+            target = blocks[block].map(beside, "r+")
             start = 0
             for chunk in row_chunks(rows):
                 target[start : start + len(chunk)] = chunk

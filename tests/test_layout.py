@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.layout import crowded_folders, cycle, folders_with_python, import_graph, room_of, tree_of, upward_imports
+from layout_rules import crowded_folders, cycle, folders_with_python, import_graph, room_of, tree_of, upward_imports
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from store.reading import Split, StoreHeader
 from store.writing import write_store
 from text_to_audio.config import TrainingConfig
 from text_to_audio.loading.batches import plan_epoch
+from text_to_audio.planning.published import TEXT_MODELS
 
 MUQ_CONFIG = tiny.MUQ_CONFIG | {
     "conv_dim": 512,
@@ -50,14 +52,8 @@ MERT_SHAPE = {
     "do_stable_layer_norm": True,
     "feat_extract_norm": "group",
 }
-QWEN3_SHAPE = {
-    "vocab_size": 151_665,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
+QWEN3_SHAPE = asdict(TEXT_MODELS["Qwen/Qwen3-Embedding-4B"])
+del QWEN3_SHAPE["num_hidden_layers"]
 MERT_DIM = 76_800
 SHORT_TEXT = "calm piano"
 LONG_TEXT = (

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from embedding_models.costs import matmul_tflops
+from common.speed import matmul_tflops
 from embedding_models.enrichment import enrich
 from embedding_models.musicnn.model import PUBLISHED, MusiCNNModel, find_folder, read_weights
 from embedding_models.weights import Tensors

@@ -200,3 +200,19 @@ def test_seconds_are_filled_in():
     assert seconds.decode > 0
     assert seconds.wait > 0
     assert seconds.encode["muq"] > 0
+
+
+def test_a_clip_goes_only_to_the_encoders_that_are_wanted():
+    class OtherEncoder(LevelEncoder):
+        name, sample_rate = "mert", RATE // 2
+
+    asked = {0: ["muq", "mert"], 1: ["mert"], 2: ["muq"], 3: [], 4: ["mert"]}
+    clips = [(key, b"nobody decodes this" if key == 3 else level(0.1 * (key + 1))) for key in asked]
+    first, other = LevelEncoder(), OtherEncoder()
+    lists = list(embed_clips(clips, [first, other], 2, 2, StageSeconds(), asked.__getitem__))
+    results = dict(item for finished in lists for item in finished)
+    assert {key: list(result) for key, result in results.items()} == asked
+    assert sum(batch[0] for batch in first.batches) == 2
+    assert sum(batch[0] for batch in other.batches) == 3
+    assert (2, RATE // 2 * 10) in other.batches  # what wants the same is one batch
+    np.testing.assert_allclose(results[4]["mert"], [0.5, 0.25], atol=1e-3)

@@ -6,6 +6,7 @@ import pytest
 
 from common.errors import UserError
 from helpers.stores import make_header, make_splits, make_vectors
+from preparing.clips import sound_digest
 from preparing.merging import finish
 from preparing.work_file import DONE, STATE_OF_REASON, TODO, WorkFile, check_settings, shard_path
 from store.reading import SPLITS, EmbeddingStore
@@ -28,7 +29,12 @@ def fill(work, splits, vectors, shard=0, shards=1, skip=()):
                 continue
             for encoder in work.header.encoders:
                 assert work.write(name, row, encoder, vectors[name, encoder][source])
+            work.write_digest(name, row, digest_of(splits, name, source))
             work.commit([(name, row, DONE)])
+
+
+def digest_of(splits, name, row):
+    return sound_digest(splits[name].audio_id[row].encode())
 
 
 def test_rows_and_states_survive_reopening(tmp_path, store_parts):
@@ -81,6 +87,7 @@ def test_finishing_gives_the_store_of_a_single_run(tmp_path, store_parts, shards
         {name: split.take(np.array(kept[name])) for name, split in splits.items()},
         {(name, encoder): rows[kept[name]] for (name, encoder), rows in vectors.items()},
         [(splits[name].audio_id[row], "unreadable") for name, row in skip],
+        {name: np.array([list(digest_of(splits, name, row)) for row in rows], np.uint8) for name, rows in kept.items()},
     )
     a, b = EmbeddingStore(tmp_path / "embeddings.h5"), EmbeddingStore(expected)
     assert a.skipped() == b.skipped()
@@ -88,6 +95,7 @@ def test_finishing_gives_the_store_of_a_single_run(tmp_path, store_parts, shards
         assert a.split(name).audio_id == b.split(name).audio_id
         assert a.split(name).caption == b.split(name).caption
         assert a.split(name).caption_audio.tolist() == b.split(name).caption_audio.tolist()
+        np.testing.assert_array_equal(a.digests(name), b.digests(name))
         for encoder in header.encoders:
             np.testing.assert_array_equal(a.vectors(name, encoder), b.vectors(name, encoder))
     for encoder in header.encoders:

@@ -145,7 +145,7 @@ def test_a_step_s_gradient_is_the_weighted_mean_over_micro_batches(parts, workpl
     total = 0.0
     for part in micro_batches(batch, run.tokens.lengths, 3):
         own = torch.from_numpy(part)
-        total = total + len(part) / 7 * symmetric_loss(text[own] @ audio.T, own, 0.07)
+        total = total + len(part) / 7 * symmetric_loss(text[own] @ audio.T, own, 0.07 * space.config.spread)
     total.backward()
     expected = [p.grad for p in trained]
     assert loss == pytest.approx(total.item(), rel=1e-5)

@@ -1,5 +1,6 @@
 import os
 import pickle
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,12 +12,15 @@ from store.reading import SPLITS, EmbeddingStore, Split
 from store.verifying import faults
 from store.writing import column_statistics, create_store, write_store
 
+OLD = Path(__file__).parents[1] / "data/written_by_1a63506/data/musicbench_embeddings/embeddings.h5"
+
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_is_written_is_read_back(tmp_path, dtype):
     header, splits = make_header(dtype), make_splits((5, 0, 2))
     vectors = make_vectors(header, splits)
-    write_store(tmp_path / "e.h5", header, splits, vectors, [("gone.wav", "missing")])
+    digests = {name: np.random.default_rng(2).integers(0, 256, (5, 16), np.uint8) for name in ("train",)}
+    write_store(tmp_path / "e.h5", header, splits, vectors, [("gone.wav", "missing")], digests)
     store = pickle.loads(pickle.dumps(EmbeddingStore(tmp_path / "e.h5")))
     assert store.header == header
     for name in SPLITS:
@@ -27,15 +31,23 @@ def test_what_is_written_is_read_back(tmp_path, dtype):
         found = store.vectors(name, encoder)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(store.digests("train"), digests["train"])
+    assert not store.digests("test").any()  # nobody has read those files
     assert store.skipped() == [("gone.wav", "missing")]
     assert list(faults(store.path)) == []
+
+
+def test_a_store_of_an_older_version_has_no_digests():
+    store = EmbeddingStore(OLD)
+    assert [store.digests(name) for name in SPLITS] == [None, None, None]
+    assert list(faults(OLD)) == []
 
 
 def test_layout_is_the_documented_one(tmp_path, store_parts):
     header, splits, vectors = store_parts
     write_store(tmp_path / "e.h5", header, splits, vectors)
     expected = {f"/{split}" for split in SPLITS} | {"/statistics", "/skipped"}
-    columns = ("audio_id", "source_id", "caption", "caption_audio", "caption_kind")
+    columns = ("audio_id", "source_id", "audio_digest", "caption", "caption_audio", "caption_kind")
     for split in SPLITS:
         expected |= {f"/{split}/{column}" for column in columns}
         expected |= {f"/{split}/{encoder}_embeddings" for encoder in header.encoders}

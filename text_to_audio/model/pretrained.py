@@ -75,7 +75,7 @@ def without_weights(config: TrainingConfig) -> Pretrained:
     where there is no config.json or no tokenizer.
     """
     name = config.text_model
-    folder = _small_files(name)
+    folder = small_files(name)
     with _one_line_errors(name, folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         kind, text_config = _text_part(name, AutoConfig.from_pretrained(folder))
@@ -87,7 +87,7 @@ def resolved_pooling(config: TrainingConfig) -> Pooling:
     """How a run that begins now pools its text model: what the settings say, or what the model asks for."""
     if config.pooling != "auto":
         return config.pooling
-    folder = _small_files(config.text_model)
+    folder = small_files(config.text_model)
     with _one_line_errors(config.text_model, folder):
         _, text_config = _text_part(config.text_model, AutoConfig.from_pretrained(folder))
     return model_pooling(config.text_model, folder, text_config)
@@ -128,7 +128,8 @@ def _require_weights(name: str, backbone: PreTrainedModel, report: dict) -> None
         )
 
 
-def _small_files(name: str) -> Path:
+def small_files(name: str) -> Path:
+    """Folder with all of a model's files but its weights; `UserError` where there is no config.json."""
     folder = fetch_model_folder(name, SMALL_FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: expected a text model in the Hugging Face format, found no config.json")

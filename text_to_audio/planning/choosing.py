@@ -23,13 +23,17 @@ COMPILING_PAYS = 300
 Measure = Callable[[TrainingConfig], int]  # bytes of a run's tensors
 
 
-def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig | None = None) -> None:
+def choose(
+    config: TrainingConfig, take_step: TakeStep, before: TrainingConfig | None = None, shape: Shape | None = None
+) -> None:
     """Set in the config what `auto` means for the whole run, once: the run's checkpoints keep it.
 
-    take_step: the run's own step. before: the config of the run that is gone on with, which has chosen already. Raises
-    `UserError` for a store or a text model that is not there.
+    take_step: the run's own step. before: the config of the run that is gone on with, which has chosen already. shape:
+    of the data, where it is not to be read from the store. Raises `UserError` for a store or a text model that is not
+    there.
     """
-    store = EmbeddingStore(config.data_path)  # one that is not there is said before the hub is asked for anything
+    # a store that is not there is said before the hub is asked for anything
+    store = EmbeddingStore(config.data_path) if shape is None else None
     if before is not None:
         _as_before(config, before)
     else:
@@ -42,7 +46,9 @@ def choose(config: TrainingConfig, take_step: TakeStep, before: TrainingConfig |
         config.recomputed_layers, layers_open = 0, False
     if not layers_open and config.compile != "auto":
         return
-    shape = Shape.of(store, config.audio_encoders)
+    if store is not None:
+        shape = Shape.of(store, config.audio_encoders)
+    assert shape is not None
     backbone = text_encoder_on_meta(config).model.get_base_model()
     if config.compile == "auto":
         steps = config.epochs * batches_per_epoch(shape.caption_source, config.effective_batch_size)

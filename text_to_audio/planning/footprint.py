@@ -218,7 +218,11 @@ def _fake_run(config: TrainingConfig, shape: Shape, text_encoder: TextEncoder, t
 
 def _fake_bank(config: TrainingConfig, shape: Shape, vectors: FakeVectors, head: ProjectionHead) -> AudioBank:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    place = bank_place(len(vectors) * vectors.dim * dtype.itemsize, config.torch_device)
+    nbytes, device = len(vectors) * vectors.dim * dtype.itemsize, config.torch_device
+    if device.type == "cuda" and not torch.cuda.is_available():  # planned for a card that is not here
+        place = "device" if nbytes <= config.memory_gb * 1e9 / 2 else "host"
+    else:
+        place = bank_place(nbytes, device)
     # a tile from pinned memory takes what a tile from the file takes, and only the device's memory counts
     return AudioBank(vectors, shape.source, head, dtype, "device" if place == "device" else "file")
 

@@ -1,50 +1,71 @@
 """What a run will take, before it is started: steps, tokens, bytes, device memory, and what fits which card."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from common.errors import UserError
 from store.reading import EmbeddingStore
 from text_to_audio.config import TrainingConfig
-from text_to_audio.loading.batches import padding_share, plan_epoch
-from text_to_audio.loading.captions import CaptionSet
+from text_to_audio.loading.batches import batches_per_epoch, padding_share, plan_epoch
 from text_to_audio.loading.tokens import TokenCache
 from text_to_audio.loading.vectors import IN_MEMORY_BYTES
-from text_to_audio.planning.choosing import CUDA_ALLOWANCE, Measure, fewest_layers, tensor_room
+from text_to_audio.model.forward_pass import layers_of
+from text_to_audio.model.text_encoder import TextEncoder
+from text_to_audio.planning.choosing import CUDA_ALLOWANCE, Measure, choose, fewest_layers, tensor_room
+from text_to_audio.planning.data import PlannedData
 from text_to_audio.planning.footprint import Footprint, Shape, TakeStep, footprint, text_encoder_on_meta
+from text_to_audio.planning.text_shape import text_model_at_hand
 from text_to_audio.training.optimisation import warmup_length
 
 CARDS = (16, 24, 32)  # 10^9 bytes; a card sold under such a number has that many at least
 GIB = 1 << 30
+Measured = TypeVar("Measured", int, Footprint)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of an epoch, without and with padding, and of the longest caption."""
+
+    whole: int
+    padded: int
+    longest: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """What `--plan` reports. Bytes, unless it says otherwise; the cards' numbers are 10^9 bytes.
 
-    tokens, padded_tokens: of an epoch, without and with padding. longest: tokens of the longest caption. read: an
-    epoch's bytes from the store. kept: those read once, at the start. layers: of the text encoder. proposals: card ->
-    what fits it, None where one caption is too much.
+    config: of the planned run. card: the one that it is planned for, 0 where it is the config's device;
+    asked_batch_size: what was to fit. text_shape, data: where the text model's shape and the counts are from, in words.
+    tokens: None where the captions are not there yet. read: an epoch's bytes from the store. kept: those read once, at
+    the start. layers: of the text encoder, with so many `layer_weights` in all; text_weights: all it has, without LoRA.
+    proposals: card -> what fits it, None where one caption is too much.
     """
 
     config: TrainingConfig
+    card: float
+    asked_batch_size: int
     footprint: Footprint
+    text_shape: str
+    data: str
     steps: int
     warmup_steps: int
     captions: int
     recordings: int
-    tokens: int
-    padded_tokens: int
-    longest: int
+    tokens: Tokens | None
     read: int
     kept: int
     allowance: int
     layers: int
-    proposals: "dict[int, Proposal | None]"
+    layer_weights: int
+    text_weights: int
+    proposals: "dict[float, Proposal | None]"
 
 
 class Proposal(NamedTuple):
@@ -56,38 +77,84 @@ class Proposal(NamedTuple):
     total: int
 
 
-def make_plan(config: TrainingConfig, take_step: TakeStep) -> Plan:
-    """The plan of a run whose step is `take_step`. Nothing is written; of the text model only small files are fetched.
+def plan_run(config: TrainingConfig, take_step: TakeStep, data: PlannedData, card: float = 0.0) -> Plan:
+    """The plan of a run whose step is `take_step`, with what `auto` means for it.
+
+    card: 10^9 bytes of a GPU that need not be in this machine, for which the largest batch size that fits is planned;
+    0: the config's device, with proposals for the usual cards. Nothing is written; of the text model only small files
+    are fetched. Raises `UserError` for a text model that cannot be had and whose shape is not known.
+    """
+    if card:
+        # how many layers are recomputed follows from what fits the card
+        config = replace(config, device="cuda", memory_gb=config.memory_gb or card, recomputed_layers=0)
+    with text_model_at_hand(config) as (at_hand, text_shape):
+        choose(at_hand, take_step, shape=data.shape)
+        plan = make_plan(at_hand, take_step, data, (card,) if card else CARDS)
+    return replace(plan, config=replace(plan.config, text_model=config.text_model), text_shape=text_shape)
+
+
+def make_plan(
+    config: TrainingConfig, take_step: TakeStep, data: PlannedData | None = None, cards: tuple[float, ...] = CARDS
+) -> Plan:
+    """The plan of a run in which `auto` is chosen already; of one card alone, with the batch size that fits that.
 
     Raises `UserError` for a store that is not there or lacks the space, and for a text model without config.json.
     """
-    store = EmbeddingStore(config.data_path)
-    shape = Shape.of(store, config.audio_encoders)
-    captions = CaptionSet.of(store.split("train"))
-    text_encoder = text_encoder_on_meta(config)
-    tokens, layers = TokenCache(text_encoder, captions.captions), text_encoder.layers
-    batches = plan_epoch(captions.caption_source, config.effective_batch_size, config.seed, epoch=1)
-    share = padding_share(batches, tokens.lengths, config.batch_size)
-    steps = config.epochs * len(batches)
+    data = data or PlannedData.of_store(config)
+    shape, text_encoder = data.shape, text_encoder_on_meta(config)
+    layers = layers_of(text_encoder.model.get_base_model())
+    measure = _remembering(lambda each: footprint(each, shape, take_step))
+    proposals = propose(config, lambda each: measure(each).total, len(layers), cards)
+    card, asked = cards[0] if len(cards) == 1 else 0, config.batch_size
+    if card:
+        config = _as_proposed(config, proposals[card], len(layers))
+    steps = config.epochs * batches_per_epoch(shape.caption_source, config.effective_batch_size)
     rows = [dim * shape.dtype.itemsize for dim in shape.dims.values()]
     held = [len(shape.source) * row <= IN_MEMORY_BYTES for row in rows]
-    measured = footprint(config, shape, take_step)
     return Plan(
         config=config,
-        footprint=measured,
+        card=card,
+        asked_batch_size=asked,
+        footprint=measure(config),
+        text_shape=config.text_model,
+        data=data.origin,
         steps=steps,
         warmup_steps=warmup_length(config, steps),
-        captions=len(captions),
+        captions=len(shape.caption_source),
         recordings=len(shape.source),
-        tokens=int(tokens.lengths.sum()),
-        padded_tokens=round(int(tokens.lengths.sum()) / (1 - share)),
-        longest=int(tokens.lengths.max()),
-        read=sum(len(captions) * row for row, kept in zip(rows, held, strict=True) if not kept),
+        tokens=_tokens(config, text_encoder, data),
+        read=sum(len(shape.caption_source) * row for row, kept in zip(rows, held, strict=True) if not kept),
         kept=sum(len(shape.source) * row for row, kept in zip(rows, held, strict=True) if kept),
         allowance=CUDA_ALLOWANCE,
-        layers=layers,
-        proposals=propose(config, lambda each: footprint(each, shape, take_step).total, layers),
+        layers=len(layers),
+        layer_weights=_frozen(layers),
+        text_weights=_frozen([text_encoder]),
+        proposals=proposals,
     )
+
+
+def _tokens(config: TrainingConfig, text_encoder: TextEncoder, data: PlannedData) -> Tokens | None:
+    """How many an epoch has, by the captions themselves."""
+    if data.captions is None:
+        return None
+    lengths = TokenCache(text_encoder, data.captions).lengths
+    batches = plan_epoch(data.shape.caption_source, config.effective_batch_size, config.seed, epoch=1)
+    share, whole = padding_share(batches, lengths, config.batch_size), int(lengths.sum())
+    return Tokens(whole, round(whole / (1 - share)), int(lengths.max()))
+
+
+def _frozen(modules: Iterable[nn.Module]) -> int:
+    return sum(each.numel() for module in modules for each in module.parameters() if not each.requires_grad)
+
+
+def _as_proposed(config: TrainingConfig, proposal: "Proposal | None", layers: int) -> TrainingConfig:
+    """The run as it fits the card; where it does not, with every layer recomputed."""
+    recomputed = layers if proposal is None else proposal.recomputed
+    if config.gradient_checkpointing == "auto":
+        config = replace(config, recomputed_layers=recomputed)
+    if proposal is None:
+        return config
+    return replace(config, batch_size=proposal.batch_size, gradient_accumulation_steps=proposal.accumulation)
 
 
 def smaller_batches(config: TrainingConfig) -> list[TrainingConfig]:
@@ -104,8 +171,8 @@ def smaller_batches(config: TrainingConfig) -> list[TrainingConfig]:
 
 
 def propose(
-    config: TrainingConfig, measure: Measure, layers: int, cards: tuple[int, ...] = CARDS
-) -> dict[int, Proposal | None]:
+    config: TrainingConfig, measure: Measure, layers: int, cards: tuple[float, ...] = CARDS
+) -> dict[float, Proposal | None]:
     """For each card the largest batch size with which tensors and allowance fit, the effective batch kept.
 
     Where recomputing is left to auto, the fewest of the text encoder's `layers` are recomputed that make it fit. The
@@ -115,7 +182,7 @@ def propose(
     measure, auto = _remembering(measure), config.gradient_checkpointing == "auto"
     smallest = replace(config, recomputed_layers=layers) if auto else config
     known: dict[int, int] = {}
-    proposals: dict[int, Proposal | None] = {}
+    proposals: dict[float, Proposal | None] = {}
     for card in cards:
         room = tensor_room(card)
         proposals[card] = None
@@ -133,12 +200,12 @@ def propose(
     return proposals
 
 
-def _remembering(measure: Measure) -> Measure:
-    """The same, each run measured once."""
-    known: dict[tuple[int, int], int] = {}
+def _remembering(measure: Callable[[TrainingConfig], Measured]) -> Callable[[TrainingConfig], Measured]:
+    """The same, each batch size and number of recomputed layers measured once: at 36 layers it takes seconds."""
+    known: dict[tuple[int, int, int], Measured] = {}
 
-    def remembered(config: TrainingConfig) -> int:
-        key = config.batch_size, config.recomputed_layers
+    def remembered(config: TrainingConfig) -> Measured:
+        key = config.batch_size, config.gradient_accumulation_steps, config.layers_recomputed(sys.maxsize)
         if key not in known:
             known[key] = measure(config)
         return known[key]
@@ -201,52 +268,3 @@ def _without_smaller(config: TrainingConfig) -> str:
     elif config.max_length > 64:
         instead = f"--max-length {config.max_length // 2}, or {instead}"
     return f"out of memory: no smaller batch size fits; try {instead}"
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as aligned lines."""
-    config, measured, share = plan.config, plan.footprint, 1 - plan.tokens / plan.padded_tokens
-    recomputed, device = config.layers_recomputed(plan.layers), config.torch_device
-    kept = f"; {_size(plan.kept)} once, then kept in memory" if plan.kept else ""
-    lines = [
-        ("run", f"{', '.join(config.audio_encoders)}; {config.text_model}"),
-        ("arithmetic", f"{'bf16' if config.bf16 else 'fp32'}, {_recomputed(recomputed, plan.layers)}, {device}"),
-        ("parameters", f"{measured.parameters:,}"),
-        ("trainable", f"{measured.trainable:,} ({measured.trainable / measured.parameters:.2%})"),
-        ("data", f"{plan.captions:,} captions of {plan.recordings:,} recordings"),
-        ("steps", f"{plan.steps:,} in {config.epochs} epochs, {config.effective_batch_size} captions each at most"),
-        ("warm-up", f"{plan.warmup_steps:,} steps ({plan.warmup_steps / plan.steps:.1%})"),
-        ("tokens an epoch", f"{plan.padded_tokens:,}, {share:.1%} of them padding; longest caption {plan.longest}"),
-        ("read an epoch", _size(plan.read) + kept),
-        ("checkpoints", f"best {_size(measured.best_bytes)} (two of them), last {_size(measured.last_bytes)} (two)"),
-        ("", ""),
-        (f"peak memory at {config.batch_size} texts of {config.max_length} tokens", ""),
-    ]
-    lines += [(f"  {part}", f"{size / GIB:7.2f} GiB") for part, size in measured.peak.items()]
-    lines += [
-        ("  tensors", f"{measured.total / GIB:7.2f} GiB"),
-        ("  CUDA allowance", f"{plan.allowance / GIB:7.2f} GiB (context, kernels, workspaces; on a CPU none)"),
-        ("", ""),
-    ]
-    lines += [(f"fits {card} GB", _proposal(plan, card)) for card in plan.proposals]
-    return "\n".join(f"{name:<18} {value}".rstrip() for name, value in lines)
-
-
-def _proposal(plan: Plan, card: int) -> str:
-    found, config = plan.proposals[card], plan.config
-    if found is None:
-        hint = "; try --gradient-checkpointing on" if config.gradient_checkpointing == "off" else ""
-        return f"no, at no batch size{hint}"
-    auto = f", {_recomputed(found.recomputed, plan.layers)}" if config.gradient_checkpointing == "auto" else ""
-    if found.batch_size == config.batch_size:
-        return f"yes{auto}"
-    size = f"--batch-size {found.batch_size} --gradient-accumulation-steps {found.accumulation}"
-    return f"with {size} ({found.total / GIB:.2f} GiB of tensors){auto}"
-
-
-def _recomputed(layers: int, of: int) -> str:
-    return f"{layers} of {of} layers recomputed"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,10 +22,16 @@ from store.writing import write_store
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.checkpoints import model_state, save_checkpoint
 from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.pretrained import resolved_pooling
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.planning.choosing import choose, fewest_layers, tensor_room
-from text_to_audio.planning.footprint import PARTS, Shape, batch_captions, footprint
-from text_to_audio.planning.plan import GIB, advice, make_plan, plan_text, propose
+from text_to_audio.planning.data import PlannedData
+from text_to_audio.planning.duration import is_that_of, operations, time_lines
+from text_to_audio.planning.footprint import PARTS, Shape, batch_captions, footprint, text_encoder_on_meta
+from text_to_audio.planning.plan import GIB, advice, make_plan, plan_run, propose
+from text_to_audio.planning.plan_text import plan_text
+from text_to_audio.planning.published import H100, TEXT_MODELS, checkpoint_bytes
+from text_to_audio.planning.text_shape import text_model_at_hand
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +138,7 @@ def test_plan_of_a_store(kind, qwen3, store, tmp_path):
     )
     plan = make_plan(config, train.train_step)
     assert (plan.captions, plan.recordings, plan.steps, plan.warmup_steps) == (128, 64, 24, 2)
-    assert plan.tokens <= plan.padded_tokens < 2 * plan.tokens
+    assert plan.tokens.whole <= plan.tokens.padded < 2 * plan.tokens.whole
     assert plan.read == 0
     assert plan.kept == 64 * 76_800 * 2
     assert plan.proposals == dict.fromkeys((16, 24, 32), (8, 2, 0, plan.footprint.total))
@@ -297,3 +304,106 @@ def test_a_run_that_is_out_of_memory_ends_with_advice(qwen3, store, tmp_path):
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: out of memory: batches of 32 texts did not fit; try --batch-size 16 --gradient-acc")
     assert "Traceback" not in done.stderr
+
+
+def musicbench_plan(capsys, *words):
+    train.main(["--audio-encoder", "muq", *words])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_without_a_store_counts_what_is_published(qwen3, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = musicbench_plan(capsys, "--text-model", qwen3, "--device", "cpu", "--batch-size", "4", "--plan")
+    assert "94,982 captions of 47,491 recordings (no data/musicbench_embeddings/embeddings.h5 yet: MusicBench's" in said
+    assert "steps 59,380 in 20 epochs" in said  # 20 x 94,982 / 32, rounded up in each epoch
+    assert "tokens an epoch not known without the captions" in said
+    assert re.search(r"time here at least [\d.,]+ h.*: cpu makes \d+\.\d\d TFLOP/s in fp32 products now", said)
+    assert "H100" not in said.split("time here")[1]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"elsewhere\.h5: no such file"):  # one that is named has to be there
+        musicbench_plan(capsys, "--text-model", qwen3, "--data-path", "elsewhere.h5", "--plan")
+    with pytest.raises(UserError, match="expected an audio space of muq, "):
+        train.main(["--audio-encoder", "own", "--text-model", qwen3, "--plan"])
+
+
+def test_a_plan_for_a_card_that_is_not_here(qwen3, store, capsys):
+    said = musicbench_plan(capsys, "--text-model", qwen3, "--data-path", store, "--plan-for", "0.05 GB")
+    assert "arithmetic bf16, 2 of 2 layers recomputed, a GPU of 0.05 GB" in said
+    assert "fits 0.05 GB no, at no batch size" in said
+    words = ["--text-model", qwen3, "--data-path", store, "--plan-for"]
+    assert "fits 32 GB yes, 0 of 2 layers recomputed" in musicbench_plan(capsys, *words, "32GB")
+    assert "time here" not in musicbench_plan(capsys, *words, "32")
+    assert "bank" in musicbench_plan(capsys, *words, "32", "--audio-negatives", "bank")
+    for wrong in ("0", "32GiB", "large"):
+        with pytest.raises(SystemExit):
+            musicbench_plan(capsys, *words, wrong)
+        assert f"expected a GPU's memory such as 32GB, found '{wrong}'" in capsys.readouterr().err
+
+
+def test_a_smaller_batch_is_planned_where_the_card_asks_for_it(qwen3, store):
+    config = TrainingConfig("muq", text_model=qwen3, data_path=store, batch_size=64, gradient_accumulation_steps=1)
+    data = PlannedData.of_store(config)
+    large = footprint(replace(config, device="cuda"), data.shape, train.train_step).total  # all layers recomputed
+    card = (0.8 * large / 0.95 + 2**30) / 1e9
+    plan = plan_run(config, train.train_step, data, card)
+    assert (plan.config.batch_size, plan.config.gradient_accumulation_steps) == (32, 2)
+    assert plan.footprint.total <= tensor_room(card)
+    assert f"fits {card:g} GB" in plan_text(plan)
+    assert "with --batch-size 32 --gradient-accumulation-steps 2" in plan_text(plan)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def unreachable(model, *_):
+        if Path(model).is_dir():
+            return Path(model)
+        raise UserError("https://hub cannot be reached; check the network")
+
+    monkeypatch.setattr("text_to_audio.model.pretrained.fetch_model_folder", unreachable)
+
+
+def test_the_shape_of_an_absent_text_model_is_the_published_one(no_hub):
+    config = TrainingConfig("muq")
+    with text_model_at_hand(config) as (at_hand, origin):
+        assert "as published; its config.json could not be looked at (https://hub cannot be reached)" in origin
+        assert resolved_pooling(at_hand) == "last"
+        encoder = text_encoder_on_meta(at_hand)
+    assert not Path(at_hand.text_model).exists()
+    shape = TEXT_MODELS["Qwen/Qwen3-Embedding-4B"]
+    frozen = sum(each.numel() for each in encoder.parameters() if not each.requires_grad)
+    trained = sum(each.numel() for each in encoder.parameters() if each.requires_grad)
+    assert (shape.parameters, shape.lora_parameters(16)) == (frozen, trained)
+    head = ProjectionHead(2560, 1024, 1536)
+    held = trained + sum(each.numel() for each in head.state_dict().values())
+    moved = trained + sum(each.numel() for each in head.parameters())
+    assert checkpoint_bytes(shape, [1536], 16, 1024) == pytest.approx(4 * (4 * held + 4 * moved), rel=1e-3)
+    with (
+        pytest.raises(UserError, match="https://hub cannot be reached"),
+        text_model_at_hand(replace(config, text_model="some/other")),
+    ):
+        pass
+
+
+def test_hours_are_those_of_the_card_that_was_timed(qwen3, store):
+    config = TrainingConfig("muq", text_model=qwen3, data_path=store, device="cpu", precision="bf16", epochs=10)
+    config.recomputed_layers = 0
+    small = make_plan(config, train.train_step)
+    said = dict(time_lines(small, 2.0))
+    assert said["time on a GPU"].startswith("not known")
+    work = 4 * small.layer_weights * small.tokens.padded * 10
+    assert operations(small, small.tokens.padded / small.captions) == pytest.approx(work)
+    assert said["time here"].startswith(f"at least {work / 2e12 / 3600:,.1f} h")
+    published = replace(
+        small, text_weights=H100.text_model.parameters, captions=2560, tokens=None, layers=36,
+        layer_weights=H100.text_model.parameters - 151_665 * 2560,
+    )  # fmt: skip
+    assert dict(time_lines(published, None))["time"].startswith(f"{100 * 1.76 / 3600:.1f} h on one H100 80 GB")
+    compiled = replace(published, config=replace(config, compile="on", recomputed_layers=18), captions=2_560_000)
+    lines = dict(time_lines(compiled, None))
+    assert lines["time"].startswith(f"{100_000 * 1.75 / 3600:.1f} h on one H100 80 GB")
+    # what the arithmetic says of the card that was timed, at its own speed, is what was timed
+    compiled = replace(compiled, config=replace(compiled.config, recomputed_layers=0))
+    needed = float(dict(time_lines(compiled, None))["other cards"].split()[4].replace(",", ""))
+    assert needed / 785 == pytest.approx(100_000 * 1.37 / 3600, rel=0.03)
+    for changed in ({"text_negatives": "batch"}, {"audio_negatives": "bank"}, {"audio_encoder": "muq mert"}):
+        assert not is_that_of(replace(published, config=replace(config, **changed)), H100)

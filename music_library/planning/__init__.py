@@ -1,0 +1,1 @@
+"""What indexing a folder of music will take, before it is started."""
