@@ -290,6 +290,7 @@ def reader(tmp_path, tiny_models, monkeypatch):
     return Reader(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_command_and_snippet_runs_in_order(reader):
     for name in DOCUMENTS:
         for snippet in snippets(name):
