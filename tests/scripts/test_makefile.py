@@ -46,8 +46,8 @@ def test_an_old_python_is_refused(tmp_path):
 
 def test_clean_leaves_what_make_did_not_make(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    made = [".venv", ".venv-ci", "demo", "demo-ablation", ".mypy_cache", ".pytest_cache", ".ruff_cache",
-            "store/__pycache__"]  # fmt: skip
+    made = [".venv", ".venv-ci", ".venv-oldest", ".venv-newest", "demo", "demo-ablation", ".mypy_cache",
+            ".pytest_cache", ".ruff_cache", "store/__pycache__"]  # fmt: skip
     kept = ["data", "checkpoints", "logs", "store", ".venv-mine/__pycache__"]
     for folder in (*made, *kept):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.device import choose_device
 from text_to_audio.config import TrainingConfig
 from text_to_audio.model.checkpoints import read_checkpoint, restore_weights
 from text_to_audio.model.head import ProjectionHead
@@ -65,7 +66,7 @@ def load_checkpoint(
     )
 
 
-def embed_text_query(query: str, encoder: TextEncoder, projection: ProjectionHead, device: str = "cuda") -> np.ndarray:
+def embed_text_query(query: str, encoder: TextEncoder, projection: ProjectionHead, device: str = "auto") -> np.ndarray:
     """One text as a unit vector (audio_dim,) float32 in the standardised audio space."""
     return embed_texts_batch([query], encoder, projection, device)[0]
 
@@ -75,16 +76,18 @@ def embed_texts_batch(
     texts: list[str],
     encoder: TextEncoder,
     projection: ProjectionHead,
-    device: str = "cuda",
+    device: str = "auto",
     batch_size: int | None = None,
 ) -> np.ndarray:
-    """Texts as unit vectors (texts, audio_dim) float32 in the standardised audio space, computed on `device`.
+    """Texts as unit vectors (texts, audio_dim) float32 in the standardised audio space, computed on `device`
+    (auto: CUDA where there is one).
 
     Encoder and head are moved there and left in evaluation mode. batch_size: texts in one pass at most; None: as many
     as `EMBEDDED_TOKENS` hold.
     """
-    encoder.to(device).eval()
-    projection.to(device).eval()
+    where = choose_device(device)
+    encoder.to(where).eval()
+    projection.to(where).eval()
     vectors = np.empty((len(texts), projection.audio_dim), np.float32)
     rows = encoder.tokenise(texts) if texts else []
     for batch in token_batches(np.array([len(row) for row in rows], np.int64)):
