@@ -71,6 +71,13 @@ class FrozenSet:
             embed(texts, each) for each in (self.train.captions, self.gallery.captions.captions, list(self.words))
         )
 
+    def keep_pairs(self, count: int) -> None:
+        """Learn from so many of the captions, the same at every call; of a larger count they are part."""
+        kept = np.random.default_rng(0).permutation(len(self.train.captions))[:count]
+        texts = [self.train.captions[i] for i in kept]
+        self.train = CaptionSet(texts, self.train.caption_audio[kept], self.train.caption_source[kept])
+        self.text = self.text[kept]
+
     def head(self, setting: Setting, seed: int) -> ProjectionHead:
         """A head into the setting's space, with weights of this seed."""
         torch.manual_seed(seed)
@@ -142,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--transfer", metavar="STORE", help="store of music of another kind, with the same audio space")
     add("--audio-encoder", default="musicnn", metavar="NAME", help="audio space (default: %(default)s)")
     add("--epochs", type=int, default=12, help="epochs of a run (default: %(default)s)")
+    add("--pairs", type=int, metavar="INT", help="captions to learn from, in as many steps (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="INT", help="seeds (default: 0 to 4)")
     add("--results", type=Path, default=Path("heads_alone.jsonl"), help="lines of results (default: %(default)s)")
     add("--text-model", metavar="STR", help="text encoder (default: MiniLM's real weights)")
@@ -156,10 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     encoder = TextEncoder(config).eval()
     data = FrozenSet(EmbeddingStore(args.store), args.audio_encoder, encoder)
     other = FrozenSet(EmbeddingStore(args.transfer), args.audio_encoder, encoder) if args.transfer else None
+    epochs = args.epochs
+    if args.pairs:
+        epochs = epochs * len(data.train.captions) // args.pairs
+        data.keep_pairs(args.pairs)
     finished = {(each["seed"], each["setting"]) for each in read_results(args.results)}
     todo = [(seed, text) for seed in args.seeds for text in settings if (seed, text) not in finished]
     for seed, text in tqdm(todo, "heads", unit="run"):
-        head, own = train_head(data, settings[text], seed, args.epochs)
+        head, own = train_head(data, settings[text], seed, epochs)
         result = {"setting": text, "seed": seed, "spread": own, **measure(data, other, head)}
         append_result(args.results, result)
     print(table([each for each in read_results(args.results) if each["setting"] in settings]))

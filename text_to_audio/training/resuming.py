@@ -150,7 +150,10 @@ def _check_best(found: Checkpoint, config: TrainingConfig) -> None:
 def _read(path: Path, mapped: bool) -> Checkpoint:
     contents = read_checkpoint(path, {"config"}, mapped)
     if missing := sorted(NEEDED - contents.keys()):
-        raise UserError(f"{path}: expected a checkpoint to go on from ({{encoder}}_last.pt), found none of {missing}")
+        raise UserError(
+            f"{path}: expected a checkpoint to go on from ({{encoder}}_last.pt; of a joint run joint_last.pt), found "
+            f"none of {missing}"
+        )
     return Checkpoint(path, contents, TrainingConfig.from_dict(contents["config"], str(path)))
 
 
