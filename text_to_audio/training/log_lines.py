@@ -82,15 +82,7 @@ def announce(run: Run) -> None:
         f"{'bf16' if config.bf16 else 'fp32'}, attention {run.text_encoder.attention}; "
         f"{config.layers_recomputed(layers)} of {layers} text layers recomputed, compile {config.compile}"
     )
-    for space in run.spaces:
-        own = space.config
-        log.info(
-            f"{own.audio_encoder} space: {own.standardise}, {own.mean_removed:.0%} of the mean taken off, spread "
-            f"{own.spread:.2f}, temperature {own.scaled_temperature:.4f}"
-        )
-        if space.bank:
-            size = space.bank.nbytes / 1e9
-            log.info(f"bank: {len(space.bank)} recordings, {size:.2f} GB, kept in: {space.bank.place}")
+    announce_spaces(run)
     gallery = run.spaces[0].validation.gallery
     log.info(f"validation: {len(gallery.captions)} captions, {len(gallery)} recordings")
     if run.step:
@@ -102,6 +94,19 @@ def announce(run: Run) -> None:
             f"warning: batches hold {np.mean(sizes):.0f} captions instead of {config.effective_batch_size}, since "
             f"a batch has one caption of a source, and the sources are few or one has very many"
         )
+
+
+def announce_spaces(run: Run) -> None:
+    """Say what auto came to in each audio space, and where a bank is kept."""
+    for space in run.spaces:
+        own = space.config
+        run.log.info(
+            f"{own.audio_encoder} space: {own.standardise}, {own.mean_removed:.0%} of the mean taken off, spread "
+            f"{own.spread:.2f}, temperature {own.scaled_temperature:.4f}"
+        )
+        if space.bank:
+            size = space.bank.nbytes / 1e9
+            run.log.info(f"bank: {len(space.bank)} recordings, {size:.2f} GB, kept in: {space.bank.place}")
 
 
 def log_step(run: Run, losses: Tensor, speed: Speed) -> str:
