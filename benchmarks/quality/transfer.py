@@ -15,12 +15,13 @@ from torch import Tensor
 
 from common.errors import UserError
 from store.reading import SPLITS, EmbeddingStore
-from text_to_audio.measuring.evaluation import Gallery
+from text_to_audio.loading.tokens import TokenCache
+from text_to_audio.measuring.evaluation import Gallery, embed_captions
 from text_to_audio.measuring.metrics import retrieval_metrics
 from text_to_audio.model.head import ProjectionHead
 from text_to_audio.model.text_encoder import TextEncoder
 
-TOP, BATCH = 10, 64
+TOP = 10
 Words = dict[str, tuple[list[int], list[int]]]  # text -> rows of all recordings that have it, and that have not
 
 
@@ -47,11 +48,9 @@ def store_vectors(store: EmbeddingStore, encoder: str, split: str, width: int | 
     return torch.from_numpy(store.vectors(split, encoder)[:, :width].astype(np.float32))
 
 
-@torch.no_grad()
 def embed(encoder: TextEncoder, texts: list[str]) -> Tensor:
-    """Sentence embeddings (texts, text_dim)."""
-    parts = [encoder(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-    return torch.cat(parts) if parts else torch.zeros(0, encoder.dim)
+    """Sentence embeddings (texts, text_dim) by an encoder in evaluation mode; there may be no texts."""
+    return embed_captions(encoder, TokenCache(encoder, texts)) if texts else torch.zeros(0, encoder.dim)
 
 
 def area_under_curve(yes: Tensor, no: Tensor) -> float:
