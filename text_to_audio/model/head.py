@@ -27,6 +27,26 @@ class Projection(Protocol):
         ...
 
 
+def space_statistics(
+    mean: np.ndarray, std: np.ndarray, mode: str, mean_removed: float = 1.0, std_floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What is taken off audio vectors, and what they are divided by: float32 (audio_dim,) each.
+
+    From mean and standard deviation (audio_dim,), of which mode "zscore" uses both, "centre" the mean and "none"
+    nothing. mean_removed: the share of the mean that is taken off. std_floor: the least divisor of "zscore", in root
+    mean squares of the deviations. A dimension that hardly varied in training and does in other music would else hold
+    all the energy of that music's vectors. Raises `ValueError` where the statistics are not finite.
+    """
+    centre, spread = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
+    if not (torch.isfinite(centre).all() and torch.isfinite(spread).all()):
+        raise ValueError("the space's mean and standard deviation are not finite")
+    alive = spread[spread > 0]
+    least = LEAST_STD * alive.median() if len(alive) else torch.tensor(1.0)
+    floor = torch.maximum(std_floor * spread.double().square().mean().sqrt().float(), least)
+    shift = torch.zeros_like(centre) if mode == "none" else mean_removed * centre
+    return shift, spread.clamp_min(floor) if mode == "zscore" else torch.ones_like(spread)
+
+
 class ProjectionHead(nn.Module):
     """Linear - GELU - Dropout - Linear from a sentence embedding into an audio space.
 
@@ -50,20 +70,10 @@ class ProjectionHead(nn.Module):
     def set_statistics(
         self, mean: np.ndarray, std: np.ndarray, mode: str, mean_removed: float = 1.0, std_floor: float = 0.0
     ) -> None:
-        """Set the space from mean and standard deviation (audio_dim,): "zscore", "centre" or "none" uses of them.
-
-        mean_removed: the share of the mean that is taken off. std_floor: the least divisor of "zscore", in root mean
-        squares of the deviations. A dimension that hardly varied in training and does in other music would else hold
-        all the energy of that music's vectors. Raises `ValueError` where the statistics are not finite.
-        """
-        centre, spread = torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(std, dtype=torch.float32)
-        if not (torch.isfinite(centre).all() and torch.isfinite(spread).all()):
-            raise ValueError("the space's mean and standard deviation are not finite")
-        alive = spread[spread > 0]
-        least = LEAST_STD * alive.median() if len(alive) else torch.tensor(1.0)
-        floor = torch.maximum(std_floor * spread.double().square().mean().sqrt().float(), least)
-        self.mean.copy_(torch.zeros_like(centre) if mode == "none" else mean_removed * centre)
-        self.std.copy_(spread.clamp_min(floor) if mode == "zscore" else torch.ones_like(spread))
+        """Set the space from mean and standard deviation (audio_dim,); see `space_statistics`."""
+        shift, divisor = space_statistics(mean, std, mode, mean_removed, std_floor)
+        self.mean.copy_(shift)
+        self.std.copy_(divisor)
 
     @property
     def standardises(self) -> bool:

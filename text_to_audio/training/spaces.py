@@ -1,6 +1,8 @@
 """The audio spaces of a run: each one's head, spread, temperature, recordings and validation."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from text_to_audio.loading.vectors import AudioVectors
 from text_to_audio.loss.bank import build_bank
 from text_to_audio.measuring.curves import CurveWriter
 from text_to_audio.measuring.evaluation import Evaluator
-from text_to_audio.model.head import ProjectionHead
+from text_to_audio.model.head import ProjectionHead, space_statistics
 from text_to_audio.model.temperature import Temperature
 from text_to_audio.model.text_encoder import TextEncoder
 from text_to_audio.processes import ALONE, Processes
@@ -75,15 +77,22 @@ def build_spaces(
 def build_projection(config: TrainingConfig, store: EmbeddingStore) -> ProjectionHead:
     """The head with the store's statistics, on the config's device; `UserError` where they are not finite."""
     head = ProjectionHead(config.text_dim, config.hidden_dim, config.audio_dim, config.head_dropout)
-    mean, std = store.statistics(config.audio_encoder)
+    with finite(store, config.audio_encoder):
+        head.set_statistics(
+            *store.statistics(config.audio_encoder), config.standardise, config.mean_removed, config.std_floor
+        )
+    return head.to(config.torch_device)
+
+
+@contextmanager
+def finite(store: EmbeddingStore, encoder: str) -> Iterator[None]:
+    """Statistics that are not finite become a `UserError` that names the store."""
     try:
-        head.set_statistics(mean, std, config.standardise, config.mean_removed, config.std_floor)
+        yield
     except ValueError as error:
         raise UserError(
-            f"{store.path}: {config.audio_encoder}: {error}, so a train vector is not; "
-            f"prepare_dataset.py --verify names it"
+            f"{store.path}: {encoder}: {error}, so a train vector is not; prepare_dataset.py --verify names it"
         ) from error
-    return head.to(config.torch_device)
 
 
 def as_begun(config: TrainingConfig, resumed: Checkpoint) -> TrainingConfig:
@@ -98,9 +107,13 @@ def measured_space(config: TrainingConfig, store: EmbeddingStore, vectors: Audio
 
     Measured on `SPREAD_FROM` recordings, evenly taken.
     """
-    head = build_projection(replace(config, mean_removed=1.0), store)
+    with finite(store, config.audio_encoder):
+        whole_mean, divisor = space_statistics(
+            *store.statistics(config.audio_encoder), config.standardise, mean_removed=1.0, std_floor=config.std_floor
+        )
+    device = config.torch_device
     rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), SPREAD_FROM)).astype(np.int64))
-    scaled, mean = vectors[rows].to(head.mean) / head.std, head.mean / head.std
+    scaled, mean = vectors[rows].to(device, torch.float32) / divisor.to(device), (whole_mean / divisor).to(device)
     removed = config.mean_removed
     if config.standardise == "none":
         removed = 0.0
