@@ -74,7 +74,7 @@ def test_peft_and_the_card_s_snippet_give_the_same_vectors(made, monkeypatch):
     encoder.model = names["model"]
     expected = embed_texts_batch(TEXTS, encoder, head, "cpu")
     for text, vector in zip(TEXTS, expected, strict=True):
-        torch.testing.assert_close(names["embed_text"](text), torch.from_numpy(vector), atol=1e-6, rtol=0)
+        torch.testing.assert_close(names["embed_text"](text), torch.from_numpy(vector), atol=1e-5, rtol=0)
     audio = torch.randn(4, 6)
     torch.testing.assert_close(names["standardise_audio"](audio), head.standardise_audio(audio))
 

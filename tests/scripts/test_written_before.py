@@ -33,6 +33,9 @@ PREPARE = [
     *("--encoders", "muq", "mert", "latent", "--latent-model", "models/music2latent"),
     *("--muq-model", "models/muq_mulan", "--muq-backbone", "models/muq_large", "--mert-model", "models/mert"),
 ]
+# Pure tones leave most mel bands to the rounding noise of the FFT, which is another on another kind of processor: MuQ's
+# features, in decibels, show it (0.0016). The nearest vector of another recording is 0.006 away.
+TOLERANCE = {"muq": 3e-3, "mert": 1e-5, "latent": 1e-5}
 DONE_ROWS = 7  # of the half-done shard's train split
 TRAIN = (
     f"--device cpu --text-model models/text --data-path {STORE} --epochs 3 --batch-size 4 "
@@ -98,7 +101,7 @@ def test_a_half_done_shard_goes_on():
             assert getattr(finished.split(name), column) == getattr(whole.split(name), column)
         for encoder in whole.encoders:
             found, expected = finished.vectors(name, encoder), whole.vectors(name, encoder)
-            assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+            assert np.abs(found - expected).max() <= TOLERANCE[encoder] * np.abs(expected).max()
     for encoder, rows in done.items():
         np.testing.assert_array_equal(finished.vectors("train", encoder)[:DONE_ROWS], rows)
 
