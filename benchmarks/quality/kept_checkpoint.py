@@ -80,8 +80,8 @@ class Part:
 def record(config: TrainingConfig, frozen: dict[str, Tensor] | None, one_per_source: bool) -> dict:
     """Train through all epochs, without early stopping or checkpoints: the head alone where `frozen` is not None.
 
-    Returns "scores" of the validation, (epochs, captions, recordings), "audio", (captions,) their recordings, and
-    "test", (epochs, TEST_METRICS).
+    Returns "scores" of the validation, (epochs, captions, recordings), "audio", (captions,) their recordings, "test",
+    (epochs, TEST_METRICS), and the space's "temperature".
     """
     choose(config, train.train_step)
     run = prepare(config, getLogger("kept_checkpoint"))
@@ -99,7 +99,12 @@ def record(config: TrainingConfig, frozen: dict[str, Tensor] | None, one_per_sou
         scores.append(validation.scores(run))
         metrics = retrieval_metrics(test.scores(run), test.audio)
         found.append([metrics[name] for name in TEST_METRICS])
-    return {"scores": torch.stack(scores), "audio": validation.audio, "test": torch.tensor(found)}
+    return {
+        "scores": torch.stack(scores),
+        "audio": validation.audio,
+        "test": torch.tensor(found),
+        "temperature": run.spaces[0].temperature().item(),
+    }
 
 
 def recorded(path: Path, config: TrainingConfig, frozen: dict[str, Tensor] | None, one_per_source: bool) -> dict:
@@ -120,7 +125,7 @@ def tried(run: dict, seed: int, size: int, args: argparse.Namespace) -> dict[str
     every = run["scores"].shape[2]
     for draw in range(args.draws if 0 < size < every else 1):
         chosen = np.sort(np.random.default_rng((seed, draw)).permutation(every)[: size or every])
-        curve = Curve.of(run["scores"], run["audio"], torch.from_numpy(chosen), args.temperature)
+        curve = Curve.of(run["scores"], run["audio"], torch.from_numpy(chosen), run["temperature"])
         old = [curve, curve.until(stopped_at(curve, highest_r1, args.patience))]
         for name, rule in RULES.items():
             own = [curve, curve.until(stopped_at(curve, rule, args.patience))]
@@ -157,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora", action="store_true", help="train the text model too")
     add("--epochs", type=int, default=12, help="epochs of a run (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate of the head (default: %(default)s)")
-    add("--temperature", type=float, default=0.07, help="of loss and training (default: %(default)s)")
+    add("--temperature", type=float, default=0.07, help="as train.py's (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=list(range(8)), metavar="INT", help="runs (default: 0 to 7)")
     add("--sizes", type=int, nargs="+", default=[20, 54, 0], metavar="INT", help="recordings; 0: all (20 54 0)")
     add("--draws", type=int, default=8, help="draws of a size in each run (default: %(default)s)")
