@@ -41,6 +41,7 @@ STANDS_FOR = {
     "--epochs 30": "--epochs 1",
     "MuQEmbeddingModel(": 'MuQEmbeddingModel("models/muq_mulan", backbone="models/muq_large", ',
     "music/track.flac": "Music/track 0.wav",
+    "demo/checkpoints/musicnn_best_r1.pt": "checkpoints/muq_best_r1.pt",
 }
 MUQ = "--muq-backbone models/muq_large"
 ENCODERS = f"--muq-model models/muq_mulan {MUQ} --mert-model models/mert --latent-model models/music2latent"
