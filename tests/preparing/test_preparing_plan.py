@@ -33,9 +33,9 @@ def test_with_nothing_prepared(plan, monkeypatch):
     monkeypatch.setattr("embedding_models.pace.matmul_tflops", lambda device, seconds: 0.5)
     monkeypatch.setattr("preparing.resources.decoding_of_a_clip", lambda: 0.0)
     said = plan("--device", "cpu")
-    hours = 53_168 * (1.0 + 0.8 + 3.1) / 0.5 / 3600
+    hours = 53_168 * (0.6 + 1.1 + 2.6) / 0.5 / 3600
     assert f"time about {hours:,.2f} h in one process on cpu for 53,168 windows of 10 s" in said
-    assert "muq 2 s a window (not here, so by arithmetic: 1 TFLOP a window at the published size, 0.50" in said
+    assert "muq 1.2 s a window (not here, so by arithmetic: 0.6 TFLOP a window at the published size, 0.50" in said
     assert "later, for training: Qwen/Qwen3-Embedding-4B 8.04 GB" in said
     assert "later, for training: checkpoints of muq, mert, latent 6.01 GB" in said
     # the tar, the store twice, of which there is one at the end, and then the text model and the checkpoints
