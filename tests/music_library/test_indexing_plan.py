@@ -55,7 +55,7 @@ def test_without_a_checkpoint_the_encoder_is_the_published_one(plan, monkeypatch
     said = plan("music", "--audio-encoder", "muq")
     assert "muq: OpenMuQ/MuQ-MuLan-large, 1,536 dimensions (no checkpoints/muq_best_r1.pt yet: as published)" in said
     assert "not here, so by arithmetic: 0.6 TFLOP a window at the published size" in said
-    assert 2 <= float(re.search(r"([\d.]+) s a window", said)[1]) < 2.5
+    assert 1.2 <= float(re.search(r"([\d.]+) s a window", said)[1]) < 1.5
     assert "not known until the encoder's weights are here" in said
     assert "76,800 dimensions" in plan("music", "--audio-encoder", "mert")
 
