@@ -1,9 +1,10 @@
 """Learning stays as good as it is: a small run of train.py with trained weights on both sides, against floors.
 
-What it reached when the floors were set, and with learning spoilt:
+What it reaches, and with learning spoilt (that when the floors were first set):
 
                                         R@10    MRR
-    as it is                            83.6    0.496
+    as it is                            87.5    0.539
+    with seeds 1 and 2                  85.2    0.520 and 0.503
     captions shifted by one recording   10.9    0.058
     rates of 1e-9                       16.4    0.071
     chance                              15.6    0.074
@@ -24,7 +25,7 @@ SETTINGS = (
     "--epochs 3 --batch-size 16 --gradient-accumulation-steps 2 --lr 1e-3 --text-lr 5e-4 --warmup-steps 4 "
     "--max-length 48 --seed 0 --device cpu"
 )
-R10_FLOOR, MRR_FLOOR = 76.0, 0.42
+R10_FLOOR, MRR_FLOOR = 80.0, 0.46
 
 
 @pytest.mark.slow
