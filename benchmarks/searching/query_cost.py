@@ -156,9 +156,10 @@ def measure_ways(checkpoint: Path, title: str, args: argparse.Namespace) -> dict
     results: dict[str, dict] = {}
     for way in args.ways:
         found = results[way] = in_own_process(partial(measure, checkpoint, way, args.tokens, args.queries))
-        base = results.get("float32", found)["vectors"]
-        near = (found["vectors"] * base).sum(1).min()
-        compared = f", least cosine to float32 {near:.7f}" if "float32" in results else ""
+        compared = ""
+        if "float32" in results:
+            near = (found["vectors"] * results["float32"]["vectors"]).sum(1).min()
+            compared = f", least cosine to float32 {near:.7f}"
         print(
             f"{title:<10} {way:<8} {found['own']:7.3f} s a query ({found['clock']:.2f} by the clock), loaded in "
             f"{found['loading']:.1f} s, {found['held'] / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} (counted: "
